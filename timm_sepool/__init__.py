@@ -1,0 +1,31 @@
+""" SPSE and RGSE networks for timm
+
+The models are registered with timm as soon as both are imported, see `_autoload`. Neither torch nor timm is imported
+here: torch loads this package at the end of its own import, and timm may be half-imported then.
+"""
+from ._autoload import install as _install
+
+__version__ = '0.1.0.dev0'
+
+_PUBLIC = {
+    'SPSEModule': 'squeeze',
+    'RGSEModule': 'squeeze',
+    'SEPoolBottleneck': 'sepool_resnet',
+    'SEPoolResNet': 'sepool_resnet',
+    'checkpoint_filter_fn': 'sepool_resnet',
+}
+__all__ = ['__version__', *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+    return getattr(import_module(f'.{_PUBLIC[name]}', __name__), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
+_install()

@@ -1,0 +1,78 @@
+""" Registers the models as timm.models is imported, so that nobody has to import timm_sepool
+
+torch calls `install` through the `torch.backends` entry point at the end of its own import (torch >= 2.5, switched off
+by TORCH_DEVICE_BACKEND_AUTOLOAD=0). `install` only puts a finder in front of `sys.meta_path`, neither torch nor timm is
+imported here. No failure below may break `import torch` or `import timm`.
+"""
+import importlib
+import importlib.util
+import logging
+import sys
+import threading
+import warnings
+
+_TRIGGER = 'timm.models'
+_MODELS = 'timm_sepool.sepool_resnet'
+
+
+def install() -> None:
+    """Register the models: at once if timm.models has been imported, else as soon as it is. Idempotent."""
+    if _MODELS in sys.modules or any(isinstance(f, _Finder) for f in sys.meta_path):
+        return
+    module = sys.modules.get(_TRIGGER)
+    if module is not None and not getattr(module.__spec__, '_initializing', False):
+        _register()
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    try:
+        importlib.import_module(_MODELS)
+    except Exception as e:
+        message = f'timm_sepool could not register its models, timm works without them: {type(e).__name__}: {e}'
+        try:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        except RuntimeWarning:  # raised under -W error
+            logging.getLogger(__name__).warning(message)
+
+
+class _Finder:
+    """Finds timm.models through the other finders and has its loader register our models afterwards."""
+
+    def __init__(self) -> None:
+        self._searching = threading.local()
+
+    def find_spec(self, fullname, path=None, target=None):
+        # the guard lets other add-ons of this technique delegate to us while we delegate to them
+        if fullname != _TRIGGER or getattr(self._searching, 'value', False):
+            return None
+        self._searching.value = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching.value = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+
+class _Loader:
+    """The module's own loader, which also registers our models and then leaves no trace."""
+
+    def __init__(self, loader, finder: _Finder) -> None:
+        self._loader = loader
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        _register()

@@ -1,0 +1,285 @@
+""" Squeeze-and-Excitation with Local Spatial Pooling (SPSE, RGSE)
+
+An SE block squeezes each channel to its global average. These two squeeze it to a few local averages, fuse those with
+one learned depthwise kernel and excite as SE does:
+- SPSE: spatial-pyramid pooling, 1x1 + 2x2 + 4x4 grids
+- RGSE: resolution-guided pooling, one grid whose cells are 7x7 windows at 224 px: 8, 4, 2, 1 at stages 1 to 4
+
+Papers / References:
+- `Delving deep into spatial pooling for squeeze-and-excitation networks` (Jin et al., Pattern Recognition 121, 2022)
+    https://doi.org/10.1016/j.patcog.2021.108159
+- `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507
+
+Up to the fusion's norm the squeeze is linear in x: one weighted sum over the positions of each channel. So x is read
+once, whatever the number of grids, see `spatial_weighted_sum`.
+"""
+from typing import List, Optional, Tuple, Type, Union
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+
+from timm.layers import create_act_layer, make_divisible
+
+__all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_weighted_sum']
+
+# torch < 2.7 can't tell export from compile, there both take the form that serves export
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+
+def _axis_windows(size: int, grid: int, device: torch.device) -> torch.Tensor:
+    """Which of `size` positions each of `grid` adaptive pooling windows covers, bool (grid, size).
+
+    Window i runs from floor(i * size / grid) to ceil((i + 1) * size / grid). Built from arange, never from Python
+    numbers, so that an exported graph follows the size of its input.
+    """
+    start = torch.arange(grid, device=device).unsqueeze(1)
+    pos = torch.arange(size, device=device)
+    return (pos >= start * size // grid) & (pos < ((start + 1) * size + grid - 1) // grid)
+
+
+def _pooling_matrix(
+        height: int,
+        width: int,
+        grids: List[int],
+        device: torch.device,
+        dtype: torch.dtype,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Adaptive average pooling to several square grids as one matrix: matrix @ x * scale.
+
+    Returns:
+        matrix (cells, height * width) and scale (cells,). The matrix holds powers of two only, exact in every float
+        dtype (1 / 49 is off by 0.2 % in bfloat16) and close enough to 1 / area that float16 does not overflow.
+    """
+    cells: List[torch.Tensor] = []
+    for g in grids:
+        rows = _axis_windows(height, g, device)
+        cols = _axis_windows(width, g, device)
+        cells.append((rows[:, None, :, None] & cols[None, :, None, :]).reshape(g * g, height * width))
+    matrix = torch.cat(cells).to(dtype)
+    area = matrix.sum(1)
+    power = torch.exp2(area.log2().floor())
+    return matrix / power.unsqueeze(1), power / area
+
+
+@torch.fx.wrap  # a leaf to fx, whose proxies can't take the branches
+def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
+    """Sum over k of the full-size depthwise convolution of `adaptive_avg_pool2d(x, g_k)` with `weights[k]`.
+
+    Equals `sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=C) for w in weights)` with one read of x
+    and, for the backward, no other saved tensor of the size of x.
+
+    Args:
+        x: Features (B, C, H, W), any H, W >= 1.
+        weights: Depthwise kernels (C, 1, g, g), the finest grid last and a multiple of every other.
+
+    Returns:
+        (B, C, 1, 1)
+    """
+    height, width = x.shape[-2:]
+    grid = weights[-1].shape[-1]
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    any_size = torch.jit.is_tracing()
+    if not torch.jit.is_scripting():
+        any_size = any_size or _is_exporting()
+
+    if not any_size and height % grid == 0 and width % grid == 0:
+        # the cells of the finest grid tile those of the others, whose weights are spread over it
+        weight = weights[-1]
+        for w in weights[:-1]:
+            ratio = grid // w.shape[-1]
+            weight = weight + F.interpolate(w, size=(grid, grid)) / (ratio * ratio)
+        weight = weight.transpose(0, 1)
+        if nhwc:
+            # else the gradient arrives in the other format and avg_pool2d's backward copies all of x
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        cells = F.avg_pool2d(x, (height // grid, width // grid))
+        return (cells * weight).sum((2, 3), keepdim=True)
+
+    weight = torch.cat([w.flatten(1) for w in weights], dim=1)
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # an area is not exact in half precision
+    matrix, scale = _pooling_matrix(height, width, [w.shape[-1] for w in weights], x.device, dtype)
+    matrix = matrix.to(x.dtype)
+    weight = weight * scale.to(weight.dtype)
+    x = x.flatten(2)
+    if nhwc:
+        # batched over a view, where a single matmul would copy x (and its gradient) to channels_first
+        cells = torch.bmm(matrix.expand(x.shape[0], -1, -1), x.transpose(1, 2))
+        return (cells * weight.t().contiguous()).sum(1).unsqueeze(-1).unsqueeze(-1)
+    cells = F.linear(x, matrix)
+    return (cells * weight).sum(2).unsqueeze(-1).unsqueeze(-1)
+
+
+class SEPoolModule(nn.Module):
+    """Base of SPSE and RGSE: the excitation, which is that of `timm.layers.SEModule`, and the squeeze's fusion norm.
+
+    Subclasses define `squeeze`. `forward` is a drop-in for timm's SE module, `forward_gate` is for blocks that fuse the
+    scaling with what follows it. As in timm's SE module `gate` is the gate's activation layer.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            rd_ratio: float = 1. / 16,
+            rd_channels: Optional[int] = None,
+            rd_divisor: int = 8,
+            act_layer: Type[nn.Module] = nn.ReLU,
+            norm_layer: Optional[Type[nn.Module]] = nn.BatchNorm2d,
+            gate_layer: Union[str, Type[nn.Module]] = 'sigmoid',
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            channels: Number of input channels.
+            rd_ratio: Ratio of the excitation's hidden channels to channels.
+            rd_channels: Explicit number of hidden channels, overrides rd_ratio if set.
+            rd_divisor: Divisor the hidden channels are rounded to.
+            act_layer: Activation after the fusion and between fc1 and fc2.
+            norm_layer: Normalization of the fused descriptor (B, C, 1, 1), None for no normalization.
+            gate_layer: Gate activation.
+            device: Device to place tensors on.
+            dtype: Data type for tensors.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if not rd_channels:
+            rd_channels = make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.)
+        self.bn = norm_layer(channels, **dd) if norm_layer else nn.Identity()
+        self.fc1 = nn.Conv2d(channels, rd_channels, kernel_size=1, **dd)
+        self.act = create_act_layer(act_layer, inplace=True)
+        self.fc2 = nn.Conv2d(rd_channels, channels, kernel_size=1, **dd)
+        self.gate = create_act_layer(gate_layer)
+
+    def init_weights(self) -> None:
+        """Initialize as the official code does: torch's default for every weight, zero for every bias."""
+        for fc in (self.fc1, self.fc2):
+            fc.reset_parameters()
+            nn.init.zeros_(fc.bias)
+        if hasattr(self.bn, 'reset_parameters'):
+            self.bn.reset_parameters()
+        for name, param in self.named_parameters(recurse=False):
+            if name.startswith('weight'):
+                # torch's default for a depthwise conv of this kernel, uniform in +-1 / sqrt(fan_in)
+                bound = 1. / param.shape[-1]
+                nn.init.uniform_(param, -bound, bound)
+            else:
+                nn.init.zeros_(param)
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self.bn(x)
+        return self._norm_checked(x)
+
+    @torch.jit.unused
+    def _norm_checked(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.bn(x)
+        except ValueError as e:
+            if x.shape[0] > 1:
+                raise
+            raise ValueError(
+                'The squeeze of an SPSE / RGSE block normalizes one value per channel and image over the batch, so '
+                'training needs more than one image per device. Use a larger batch, SyncBatchNorm over several '
+                'devices, or freeze the norms of the squeeze (put them in eval mode).'
+            ) from e
+
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Squeeze x (B, C, H, W) to one fused descriptor per channel (B, C, 1, 1)."""
+        raise NotImplementedError
+
+    def forward_gate(self, x: torch.Tensor) -> torch.Tensor:
+        """Gate of x (B, C, H, W): squeeze and excitation without the scaling, (B, C, 1, 1).
+
+        Raises:
+            ValueError: If the fusion's batch norm is in train mode and the batch is one image on one device.
+        """
+        x_se = self.squeeze(x)
+        x_se = self.fc1(x_se)
+        x_se = self.act(x_se)
+        x_se = self.fc2(x_se)
+        return self.gate(x_se)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale x (B, C, H, W) by its gate, same shape. Raises as `forward_gate`."""
+        return x * self.forward_gate(x)
+
+
+class SPSEModule(SEPoolModule):
+    """Spatial-pyramid squeeze-and-excitation: average pooling to 1x1, 2x2 and 4x4 grids.
+
+    The three grids go through depthwise convolutions of their size with bias, whose results are summed, normalized and
+    rectified. Correct at every input size: cells are adaptive pooling's windows.
+    """
+
+    def __init__(self, channels: int, device=None, dtype=None, **kwargs):
+        """
+        Args:
+            channels: Number of input channels.
+            device: Device to place tensors on.
+            dtype: Data type for tensors.
+            **kwargs: Excitation and norm arguments of `SEPoolModule`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(channels, **kwargs, **dd)
+        self.weight1 = nn.Parameter(torch.empty(channels, 1, 1, 1, **dd))
+        self.bias1 = nn.Parameter(torch.empty(channels, **dd))
+        self.weight2 = nn.Parameter(torch.empty(channels, 1, 2, 2, **dd))
+        self.bias2 = nn.Parameter(torch.empty(channels, **dd))
+        self.weight4 = nn.Parameter(torch.empty(channels, 1, 4, 4, **dd))
+        self.bias4 = nn.Parameter(torch.empty(channels, **dd))
+        self.init_weights()
+
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Squeeze x (B, C, H, W) to one fused descriptor per channel (B, C, 1, 1)."""
+        x_se = spatial_weighted_sum(x, [self.weight1, self.weight2, self.weight4])
+        x_se = x_se + (self.bias1 + self.bias2 + self.bias4).view(1, -1, 1, 1)
+        return self.act(self._norm(x_se))
+
+
+class RGSEModule(SEPoolModule):
+    """Resolution-guided squeeze-and-excitation: average pooling to one grid that belongs to the stage.
+
+    The grid goes through a depthwise convolution of its size without bias, normalized and rectified. A grid of 1 is the
+    global average, only rectified. The paper pools 7x7 windows at 224 px; pooling adaptively to the same grid is
+    identical there and defined at every size.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            grid: int,
+            norm_layer: Optional[Type[nn.Module]] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+            **kwargs,
+    ):
+        """
+        Args:
+            channels: Number of input channels.
+            grid: Cells per side of the pooling grid, the paper's is 8, 4, 2, 1 at stages 1 to 4.
+            norm_layer: Normalization of the fused descriptor. A grid of 1 has none.
+            device: Device to place tensors on.
+            dtype: Data type for tensors.
+            **kwargs: Excitation arguments of `SEPoolModule`.
+
+        Raises:
+            ValueError: If grid is not a positive integer.
+        """
+        if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
+            raise ValueError(f'grid must be a positive integer (cells per side), got {grid!r}.')
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(channels, norm_layer=norm_layer if grid > 1 else None, **kwargs, **dd)
+        self.grid = grid
+        self.weight = nn.Parameter(torch.empty(channels, 1, grid, grid, **dd)) if grid > 1 else None
+        self.init_weights()
+
+    def extra_repr(self) -> str:
+        return f'grid={self.grid}'
+
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Squeeze x (B, C, H, W) to one fused descriptor per channel (B, C, 1, 1)."""
+        if self.weight is None:
+            return self.act(x.mean((2, 3), keepdim=True))
+        return self.act(self._norm(spatial_weighted_sum(x, [self.weight])))
