@@ -4,8 +4,8 @@ timm's own ResNet with the squeeze of each block's SE replaced by spatial-pyrami
 pooling. The paper's comparators are timm's: `resnet50`, `seresnet50`, `resnet50` with
 `block_args=dict(attn_layer='cbam')`, ...
 
-Paper: `Delving deep into spatial pooling for squeeze-and-excitation networks` (Jin et al., Pattern Recognition 121, 2022)
-    https://doi.org/10.1016/j.patcog.2021.108159
+Paper: `Delving deep into spatial pooling for squeeze-and-excitation networks`
+    (Jin et al., Pattern Recognition 121, 2022) - https://doi.org/10.1016/j.patcog.2021.108159
 """
 import re
 from functools import partial

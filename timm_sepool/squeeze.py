@@ -6,8 +6,8 @@ one learned depthwise kernel and excite as SE does:
 - RGSE: resolution-guided pooling, one grid whose cells are 7x7 windows at 224 px: 8, 4, 2, 1 at stages 1 to 4
 
 Papers / References:
-- `Delving deep into spatial pooling for squeeze-and-excitation networks` (Jin et al., Pattern Recognition 121, 2022)
-    https://doi.org/10.1016/j.patcog.2021.108159
+- `Delving deep into spatial pooling for squeeze-and-excitation networks`
+    (Jin et al., Pattern Recognition 121, 2022) - https://doi.org/10.1016/j.patcog.2021.108159
 - `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507
 
 Up to the fusion's norm the squeeze is linear in x: one weighted sum over the positions of each channel. So x is read

@@ -1,0 +1,381 @@
+""" Registration without an import
+
+Every claim is about what happens while Python, torch and timm are imported, so each is tested in a process of its own.
+All of them run under `-W error`, where a warning of ours or timm's 'Overwriting ... in registry' ends the process.
+"""
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+from typing import List, Sequence
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = [
+    f'{family}_{backbone}'
+    for family in ('rgse', 'spse')
+    for backbone in ('resnet50', 'resnet101', 'resnet152', 'resnext50', 'resnext101')
+]
+STRICT = ('-W', 'error', '-W', 'ignore::ResourceWarning')  # torch 2.5 leaves a temporary directory behind
+
+# appended to a program: the models are known and the hook has left no trace
+CHECK = f"""
+import sys
+import timm
+import torch
+names = {NAMES}
+assert sorted(timm.list_models(['*gse_*', 'spse_*'])) == sorted(names), timm.list_models(['*gse_*', 'spse_*'])
+assert sorted(timm.list_models(module='sepool_resnet')) == sorted(names)
+assert all(timm.is_model(name) for name in names)
+with torch.device('meta'):
+    for name in ('rgse_resnet50', 'spse_resnet50'):
+        assert type(timm.create_model(name)).__module__ == 'timm_sepool.sepool_resnet'
+assert not [f for f in sys.meta_path if type(f).__module__.startswith('timm_sepool')], sys.meta_path
+assert type(timm.models.__loader__) is type(timm.models.__spec__.loader) is type(timm.layers.__loader__)
+"""
+
+# appended to a program: timm is as if we were not there
+CHECK_UNKNOWN = f"""
+import timm
+assert not timm.list_models(['*gse_*', 'spse_*'])
+assert not any(timm.is_model(name) for name in {NAMES})
+"""
+
+# prepended to a program: calls `action()` while timm imports timm.models.vgg, timm.models is half-imported then
+DURING_IMPORT = """
+import sys
+
+class Trap:
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == 'timm.models.vgg':
+            sys.meta_path.remove(self)
+            action()
+
+sys.meta_path.insert(0, Trap())
+"""
+
+
+def run(
+        args: Sequence[str],
+        cwd: Path,
+        path: Sequence[Path] = (),
+        autoload: bool = True,
+) -> subprocess.CompletedProcess:
+    """Run a command away from the checkout, which must not serve as the installed package. Fails if the command does.
+
+    Args:
+        args: The command.
+        cwd: Directory to run in.
+        path: Directories to put first on the module search path.
+        autoload: Leave torch's autoload mechanism on, which is its default.
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TORCH_DEVICE_BACKEND'))}
+    env['PYTHONPATH'] = os.pathsep.join(str(p) for p in path)
+    if not autoload:
+        env['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'
+    # no import takes that long, only one that waits for itself
+    result = subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, f'{result.stdout}\n{result.stderr}'
+    return result
+
+
+def run_python(
+        *code: str,
+        cwd: Path,
+        path: Sequence[Path] = (),
+        autoload: bool = True,
+        flags: Sequence[str] = STRICT,
+        python: str = sys.executable,
+) -> str:
+    """Run the pieces of code as one program in a fresh process, returns its stderr."""
+    program = '\n'.join(textwrap.dedent(c) for c in code)
+    return run([python, *flags, '-c', program], cwd=cwd, path=path, autoload=autoload).stderr
+
+
+@pytest.mark.parametrize('first', [
+    '',
+    'import torch',
+    'import importlib.util; importlib.util.find_spec("timm.models")',
+    # asks the finders themselves, which unlike importlib.util does not import timm
+    """
+    import importlib.util, sys, torch
+    path = importlib.util.find_spec('timm').submodule_search_locations
+    assert any([finder.find_spec('timm.models', path) for finder in sys.meta_path])
+    assert 'timm' not in sys.modules
+    """,
+], ids=['timm', 'torch', 'find_spec', 'finders'])
+def test_import_timm(first: str, tmp_path: Path) -> None:
+    """timm alone is enough, whatever was imported or looked up before it."""
+    assert run_python(first, 'import timm', CHECK, cwd=tmp_path) == ''
+
+
+@pytest.mark.parametrize('autoload', [True, False], ids=['autoload', 'no_autoload'])
+@pytest.mark.parametrize('first', [
+    'from timm_sepool import SPSEModule',
+    'from timm_sepool.squeeze import RGSEModule',
+    'from timm_sepool.sepool_resnet import SEPoolResNet',
+])
+def test_import_ours_first(first: str, autoload: bool, tmp_path: Path) -> None:
+    """Our modules import timm, which imports our modules."""
+    assert run_python(first, CHECK, cwd=tmp_path, autoload=autoload) == ''
+
+
+def test_autoload_off(tmp_path: Path) -> None:
+    """TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches us off, `import timm_sepool` on again."""
+    assert run_python(CHECK_UNKNOWN, 'import timm_sepool', CHECK, cwd=tmp_path, autoload=False) == ''
+    assert run_python('import timm_sepool', CHECK, cwd=tmp_path, autoload=False) == ''
+
+
+def test_imports_nothing_else(tmp_path: Path) -> None:
+    """Python alone imports nothing of ours, torch neither timm nor our models."""
+    code = """
+    import sys
+    def imported(*names):
+        return [m for m in sys.modules if m in names or m.startswith(tuple(f'{n}.' for n in names))]
+    assert not imported('timm_sepool', 'timm', 'torch')
+    import torch
+    assert sorted(imported('timm_sepool', 'timm')) == ['timm_sepool', 'timm_sepool._autoload']
+    """
+    assert run_python(code, cwd=tmp_path) == ''
+
+
+def test_idempotent(tmp_path: Path) -> None:
+    """There is one hook, and neither importing nor reloading anything registers the models twice."""
+    code = """
+    import importlib
+    import sys
+    import torch
+    import timm_sepool
+    from timm_sepool._autoload import install
+    install()
+    assert [type(f).__module__ for f in sys.meta_path].count('timm_sepool._autoload') == 1
+    import timm
+    entrypoint = timm.model_entrypoint('spse_resnet50')
+    install()
+    importlib.reload(timm.models)
+    importlib.reload(timm)
+    importlib.reload(timm_sepool)
+    importlib.reload(timm_sepool._autoload).install()
+    import timm_sepool.sepool_resnet
+    assert timm.model_entrypoint('spse_resnet50') is entrypoint
+    """
+    assert run_python(code, CHECK, cwd=tmp_path) == ''
+
+
+@pytest.mark.parametrize('autoload', [True, False], ids=['autoload', 'no_autoload'])
+def test_threads(autoload: bool, tmp_path: Path) -> None:
+    """One thread imports our squeeze, which waits for timm, while another imports timm, which waits for our squeeze."""
+    code = """
+    import threading, time
+
+    def target():
+        import timm_sepool.squeeze
+        done.append(timm_sepool.squeeze.SPSEModule)
+
+    def action():
+        thread.start()
+        time.sleep(0.5)  # until it waits for us
+
+    done = []
+    thread = threading.Thread(target=target)
+    import timm
+    thread.join(60)
+    assert done
+    """
+    assert run_python(DURING_IMPORT, code, CHECK, cwd=tmp_path, autoload=autoload) == ''
+
+
+# a meta path finder that breaks the registration
+BREAK = """
+import sys
+
+class Broken:
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == 'timm_sepool.sepool_resnet':
+            raise OSError('disk on fire')
+
+sys.meta_path.insert(0, Broken())
+"""
+
+
+def test_failure_is_one_warning(tmp_path: Path) -> None:
+    code = """
+    import torch
+    import timm
+    import timm_sepool
+    assert type(timm.create_model('resnet18')).__name__ == 'ResNet'
+    """
+    stderr = run_python(BREAK, code, CHECK_UNKNOWN, cwd=tmp_path, flags=())
+    assert stderr.count('Warning') == 1
+    assert 'RuntimeWarning: timm_sepool could not register its models' in stderr
+    assert 'OSError: disk on fire' in stderr
+
+    # where the warning would be an error, it is logged
+    stderr = run_python(BREAK, code, CHECK_UNKNOWN, cwd=tmp_path)
+    assert 'Warning' not in stderr and 'Traceback' not in stderr
+    assert stderr.count('timm_sepool could not register its models') == 1
+    assert 'OSError: disk on fire' in stderr
+
+
+def test_stubbed_timm(tmp_path: Path) -> None:
+    """`import torch` works where timm is a stand-in without a spec, as in builds of documentation."""
+    code = """
+    import sys
+    from unittest import mock
+    sys.modules['timm'] = sys.modules['timm.models'] = mock.MagicMock()
+    import torch
+    """
+    stderr = run_python(code, cwd=tmp_path, flags=())
+    assert stderr.count('RuntimeWarning: timm_sepool could not register its models') == 1
+
+
+ADDON = """
+import importlib.util
+import sys
+
+class Finder:
+    searching = False
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != 'timm.models' or self.searching:
+            return None
+        self.searching = True
+        spec = importlib.util.find_spec(fullname)
+        self.searching = False
+        exec_module = spec.loader.exec_module
+
+        def exec_and_register(module):
+            exec_module(module)
+            from timm.models import register_model
+            register_model(other_addon_net)
+
+        spec.loader.exec_module = exec_and_register
+        return spec
+
+def other_addon_net(pretrained=False, **kwargs):
+    pass
+
+def install():
+    sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize('ours_first', [True, False], ids=['ours_first', 'theirs_first'])
+def test_other_addon(ours_first: bool, tmp_path: Path) -> None:
+    """Another package with the same technique works beside us, whoever's finder asks the other's."""
+    (tmp_path / 'other_addon.py').write_text(ADDON)
+    info = tmp_path / 'other_addon-1.0.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: other_addon\nVersion: 1.0\n')
+    (info / 'entry_points.txt').write_text('[torch.backends]\nother_addon = other_addon:install\n')
+    # each goes in front of those before
+    code = f"""
+    import sys
+    import {'other_addon' if ours_first else 'timm_sepool'} as first
+    if {ours_first}:
+        first.install()
+        first.install = lambda: None  # torch calls it again
+    import torch
+    finders = [type(f).__module__ for f in sys.meta_path]
+    finders = [f for f in finders if f in ('timm_sepool._autoload', 'other_addon')]
+    assert finders == {['timm_sepool._autoload', 'other_addon'][::1 if ours_first else -1]}, finders
+    import timm
+    assert timm.is_model('other_addon_net')
+    """
+    assert run_python(code, CHECK, cwd=tmp_path, path=[tmp_path]) == ''
+
+
+def build_args() -> List[str]:
+    """pip's arguments for a build. Spares it the download of setuptools if the installed one can build us."""
+    installed = [int(d.version.split('.')[0]) for d in importlib.metadata.distributions(name='setuptools')]
+    return ['--quiet', '--no-deps'] + (['--no-build-isolation'] if installed and installed[0] >= 77 else [])
+
+
+@pytest.fixture(scope='session')
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, since a build writes to its directory."""
+    directory = tmp_path_factory.mktemp('sources')
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, directory)
+    shutil.copytree(ROOT / 'timm_sepool', directory / 'timm_sepool')
+    return directory
+
+
+@pytest.fixture(scope='session')
+def wheel(sources: Path) -> Path:
+    run([sys.executable, '-m', 'pip', 'wheel', *build_args(), '-w', sources / 'dist', sources], cwd=sources)
+    return next((sources / 'dist').glob('timm_sepool-*.whl'))
+
+
+def check_file(expected: Path) -> str:
+    """Code to append to a program: timm_sepool was imported from there."""
+    return f'import timm_sepool; assert timm_sepool.__file__ == {str(expected)!r}, timm_sepool.__file__'
+
+
+def test_wheel(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / 'target'
+    run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', target, wheel], cwd=tmp_path)
+    code = ('import timm', CHECK, check_file(target / 'timm_sepool' / '__init__.py'))
+    assert run_python(*code, cwd=tmp_path, path=[target]) == ''
+
+
+def test_editable(sources: Path, tmp_path: Path) -> None:
+    run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv'], cwd=tmp_path)
+    scheme = {'base': str(tmp_path / 'venv'), 'platbase': str(tmp_path / 'venv')}
+    python = Path(sysconfig.get_path('scripts', vars=scheme)) / Path(sys.executable).name
+    # everything installed here but this project itself, which might be found first
+    site_packages = Path(sysconfig.get_path('purelib', vars=scheme))
+    for entry in Path(sysconfig.get_path('purelib')).iterdir():
+        if 'timm_sepool' not in entry.name:
+            (site_packages / entry.name).symlink_to(entry)
+    run([sys.executable, '-m', 'pip', '--python', python, 'install', *build_args(), '-e', sources], cwd=tmp_path)
+    code = ('import timm', CHECK, check_file(sources / 'timm_sepool' / '__init__.py'))
+    assert run_python(*code, cwd=tmp_path, python=python) == ''
+
+
+def test_distributed(tmp_path: Path) -> None:
+    """Each process of a launcher knows the models."""
+    (tmp_path / 'train.py').write_text(textwrap.dedent("""
+    import os
+    import timm
+    import torch
+    with torch.device('meta'):
+        model = timm.create_model('rgse_resnext50')
+    print(f'rank {os.environ["RANK"]} {type(model).__name__}')
+    """))
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    stdout = run([*launcher, 'train.py'], cwd=tmp_path).stdout
+    assert sorted(stdout.splitlines()) == ['rank 0 SEPoolResNet', 'rank 1 SEPoolResNet']
+
+
+def test_data_loader_workers(tmp_path: Path) -> None:
+    """Workers of every start method know the models, a forked one imports timm itself too."""
+    (tmp_path / 'train.py').write_text(textwrap.dedent("""
+    import multiprocessing
+    import os
+    import sys
+    from torch.utils.data import DataLoader, Dataset
+
+    class Data(Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            import timm
+            return os.getpid(), timm.is_model('spse_resnet50')
+
+    if __name__ == '__main__':
+        for context in multiprocessing.get_all_start_methods():
+            (pid, known), = DataLoader(Data(), num_workers=1, multiprocessing_context=context)
+            assert pid != os.getpid() and known, context
+            print(context)
+        assert 'timm' not in sys.modules
+    """))
+    contexts = run([sys.executable, 'train.py'], cwd=tmp_path).stdout.split()
+    assert 'spawn' in contexts and (os.name == 'nt' or 'fork' in contexts)

@@ -1,0 +1,213 @@
+""" The squeezes against the formula with adaptive_avg_pool2d and depthwise conv2d (tests/reference.py) """
+import copy
+from functools import partial
+from typing import Callable, List
+
+import pytest
+import reference
+import torch
+from torch import nn
+
+from timm.utils import freeze
+from timm_sepool.squeeze import RGSEModule, SPSEModule, _pooling_matrix, spatial_weighted_sum
+
+CHANNELS = 24
+MODULES = {
+    'spse': SPSEModule,
+    'rgse_8': partial(RGSEModule, grid=8),
+    'rgse_4': partial(RGSEModule, grid=4),
+    'rgse_2': partial(RGSEModule, grid=2),
+    'rgse_1': partial(RGSEModule, grid=1),
+    'rgse_3': partial(RGSEModule, grid=3),
+}
+# smaller than the grid, not divisible, non-square, the four stages at 224
+SIZES = [
+    (1, 1), (1, 9), (2, 3), (3, 3), (5, 4), (7, 7), (8, 8), (8, 12), (13, 29), (14, 14), (16, 24), (28, 28), (25, 33),
+    (56, 56), (100, 167),
+]
+FORMATS = {'channels_first': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A module with nothing at its trivial value."""
+    module = MODULES[name](CHANNELS, dtype=dtype)
+    with torch.no_grad():
+        for n, p in module.named_parameters():
+            if n.endswith('bias') or n.startswith('bias'):
+                p.normal_(std=0.3)
+        if isinstance(module.bn, nn.BatchNorm2d):
+            module.bn.weight.uniform_(0.5, 1.5)
+            module.bn.running_mean.normal_(std=0.1)
+            module.bn.running_var.uniform_(0.05, 0.2)
+    return module
+
+
+def gradients(f: Callable[[], torch.Tensor], inputs: List[torch.Tensor]) -> List[torch.Tensor]:
+    out = f()
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * cotangent).sum(), inputs)]
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
+@pytest.mark.parametrize('name', MODULES)
+def test_equals_formula(name: str, size, memory_format: str) -> None:
+    """Forward, gradients of x and of every parameter and the running statistics, float64, train and eval."""
+    module = build(name)
+    x = torch.randn(3, CHANNELS, *size, dtype=torch.float64)
+    for training in (True, False):
+        ours, theirs = copy.deepcopy(module).train(training), copy.deepcopy(module).train(training)
+        x_ours = x.clone(memory_format=FORMATS[memory_format]).requires_grad_()
+        x_theirs = x.clone().requires_grad_()
+        got = gradients(lambda: ours(x_ours), [x_ours, *ours.parameters()])
+        expected = gradients(
+            lambda: x_theirs * reference.squeeze_gate(theirs, x_theirs), [x_theirs, *theirs.parameters()])
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        for (n, a), b in zip(ours.named_buffers(), theirs.buffers()):
+            if not n.endswith('num_batches_tracked'):  # F.batch_norm doesn't count
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
+@pytest.mark.parametrize('name', MODULES)
+def test_fp32_and_bf16_autocast(name: str, size, memory_format: str) -> None:
+    module = build(name, torch.float32).eval()
+    x = torch.randn(3, CHANNELS, *size).contiguous(memory_format=FORMATS[memory_format])
+    with torch.no_grad():
+        expected = reference.squeeze_gate(copy.deepcopy(module).double(), x.double())
+        torch.testing.assert_close(module.forward_gate(x).double(), expected, rtol=1e-5, atol=1e-5)
+        for x_amp in (x, x.bfloat16()):  # float32 reaches the block if the norm before it is kept in float32
+            with torch.autocast('cpu', torch.bfloat16):
+                gate = module.forward_gate(x_amp)
+            assert gate.dtype == torch.bfloat16
+            torch.testing.assert_close(gate.double(), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize('size', [(56, 56), (14, 14), (100, 167)], ids=lambda s: f'{s[0]}x{s[1]}')
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('name', ['spse', 'rgse_4'])
+def test_half_precision(name: str, dtype: torch.dtype, size) -> None:
+    """No overflow (a window's sum would be beyond float16's range) and no bias of the windows' areas."""
+    module = build(name).eval()
+    x = torch.full((2, CHANNELS, *size), 96.)
+    weights = [p.detach() for n, p in module.named_parameters() if n.startswith('weight')]
+    expected = 96. * sum(w.to(dtype).double().sum((1, 2, 3)) for w in weights).view(1, -1, 1, 1).expand(2, -1, -1, -1)
+    got = spatial_weighted_sum(x.to(dtype), [w.to(dtype) for w in weights])
+    assert got.dtype == dtype
+    scale = 96. * sum(w.double().abs().sum((1, 2, 3)) for w in weights).max().item()
+    assert (got.double() - expected).abs().max().item() < 4 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.parametrize('height,width', [(1, 1), (7, 14), (100, 167), (56, 3)])
+def test_pooling_matrix_is_adaptive_pooling(height: int, width: int) -> None:
+    matrix, scale = _pooling_matrix(height, width, [1, 2, 4, 7], torch.device('cpu'), torch.float64)
+    assert torch.equal(matrix.bfloat16().double(), matrix)  # exact in every dtype
+    x = torch.randn(5, height, width, dtype=torch.float64)
+    expected = torch.cat([nn.functional.adaptive_avg_pool2d(x, g).flatten(1) for g in (1, 2, 4, 7)], dim=1)
+    torch.testing.assert_close(x.flatten(1) @ matrix.t() * scale, expected)
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('size', [(56, 56), (14, 14), (15, 22)], ids=lambda s: f'{s[0]}x{s[1]}')
+@pytest.mark.parametrize('name', ['spse', 'rgse_8'])
+def test_layout_and_memory(name: str, size, memory_format: str) -> None:
+    """Output and gradient keep x's memory format, and the backward keeps no other tensor of x's size."""
+    module = build(name, torch.float32)
+    x = torch.randn(3, CHANNELS, *size).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
+    saved = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gate = module.forward_gate(x)
+        out = x * gate
+    assert out.is_contiguous(memory_format=FORMATS[memory_format])
+    saved.pop(x.untyped_storage().data_ptr(), None)
+    assert all(nbytes < x.untyped_storage().nbytes() for nbytes in saved.values())
+    grad, = torch.autograd.grad(gate.sum(), x)
+    assert grad.is_contiguous(memory_format=FORMATS[memory_format])
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_unusual_inputs(name: str) -> None:
+    """A view that is contiguous in no format, an empty batch, a batch of one in eval mode."""
+    module = build(name).eval()
+    x = torch.randn(2, CHANNELS, 28, 30, dtype=torch.float64)[:, :, ::2, 1::3]
+    torch.testing.assert_close(module(x), x * reference.squeeze_gate(module, x))
+    assert module(x[:0]).shape == (0, CHANNELS, 14, 10)
+    torch.testing.assert_close(module(x[:1]), module(x)[:1])
+
+
+@pytest.mark.parametrize('name', ['spse', 'rgse_4'])
+def test_batch_of_one(name: str) -> None:
+    """Training on one image needs frozen statistics: the error says so, and then it trains."""
+    module = build(name)
+    x = torch.randn(1, CHANNELS, 14, 14, dtype=torch.float64)
+    with pytest.raises(ValueError, match='larger batch, SyncBatchNorm .* or freeze the norms of the squeeze'):
+        module(x)
+    before = module.bn.running_mean.clone()
+    freeze(module, 'bn')  # timm's: affine parameters and statistics
+    module.train()
+    module(x).sum().backward()
+    assert module.fc1.weight.grad.abs().sum() > 0
+    assert torch.equal(module.bn.running_mean, before)
+
+    module = build(name)
+    module.bn.eval()
+    module(x).sum().backward()
+    assert module.bn.weight.grad.abs().sum() > 0
+
+
+def test_other_value_errors_pass() -> None:
+    class Norm(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError('something else')
+
+    with pytest.raises(ValueError, match='something else'):
+        SPSEModule(CHANNELS, norm_layer=Norm)(torch.randn(2, CHANNELS, 8, 8))
+
+
+@pytest.mark.parametrize('grid', [0, -1, 2.0, '4', None, True, (2, 2)])
+def test_bad_grid(grid) -> None:
+    with pytest.raises(ValueError, match='grid must be a positive integer'):
+        RGSEModule(CHANNELS, grid=grid)
+
+
+def test_arguments() -> None:
+    """timm's SE arguments, by its names and with its defaults."""
+    assert SPSEModule(256).fc1.out_channels == 16
+    assert SPSEModule(256, rd_ratio=1 / 4).fc1.out_channels == 64
+    assert SPSEModule(250, rd_ratio=1 / 4, rd_divisor=1).fc1.out_channels == 63
+    assert RGSEModule(256, 8, rd_channels=10).fc2.in_channels == 10
+    module = RGSEModule(256, 4, act_layer=nn.SiLU, norm_layer=None, gate_layer='hard_sigmoid')
+    assert isinstance(module.act, nn.SiLU) and isinstance(module.bn, nn.Identity)
+    assert module(torch.full((1, 256, 9, 9), 1e3)).isfinite().all()
+    assert module.gate(torch.tensor(10.)) == 1  # hard: reached, not approached
+    module = SPSEModule(256, norm_layer=partial(nn.GroupNorm, 8), device='meta', dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {('meta', torch.bfloat16)}
+    assert SPSEModule(256, norm_layer=partial(nn.GroupNorm, 8))(torch.randn(1, 256, 7, 7)).shape == (1, 256, 7, 7)
+
+
+@pytest.mark.parametrize('name', ['spse', 'rgse_8', 'rgse_1'])
+def test_initialization(name: str) -> None:
+    """Official: torch's default weights, zero biases, unit norm; also after to_empty."""
+    module = MODULES[name](CHANNELS, device='meta').to_empty(device='cpu')
+    for p in module.parameters():
+        nn.init.constant_(p, float('nan'))
+    module.init_weights()
+    for n, p in module.named_parameters():
+        if n == 'bn.weight':
+            assert (p == 1).all()
+        elif 'bias' in n:
+            assert (p == 0).all()
+        else:
+            bound = p[0].numel() ** -0.5
+            assert p.abs().max() <= bound
+            if p.numel() >= 100:
+                assert p.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.2)
+            else:
+                assert p.unique().numel() == p.numel()

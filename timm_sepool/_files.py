@@ -1,0 +1,76 @@
+""" Reading checkpoints and writing outputs for the command line: one clear error, nothing half-written """
+import argparse
+import os
+import pickle
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator
+
+
+class CommandError(Exception):
+    """Bad input to a subcommand. The message names the thing and the mend."""
+
+
+@contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` for the body to write, renamed to `path` if the body succeeds.
+
+    Raises:
+        CommandError: If `path` exists or can't be written.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise CommandError(f'{path} exists and is left as it is. Choose another output or remove it first.')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        try:
+            yield temporary
+            os.rename(temporary, path)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
+    except OSError as e:
+        raise CommandError(f'Can not write {path}: {e.strerror or e}. Choose a writable output.') from e
+
+
+def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
+    """Read the state dict of a safetensors file or of a pickled checkpoint, the latter without running its code.
+
+    Raises:
+        CommandError: If the file is missing, damaged, needs code to be run, or has no (EMA) state dict.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from timm.models import clean_state_dict
+
+    try:
+        if path.suffix == '.safetensors':
+            checkpoint = load_file(path)
+        else:
+            # timm's training checkpoints hold their arguments
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError as e:
+        raise CommandError(f'There is no checkpoint {path}.') from e
+    except pickle.UnpicklingError as e:
+        raise CommandError(
+            f'{path} is damaged or asks for code to be run, which is refused: {str(e).splitlines()[0]} '
+            'Get it again, or save its state dict alone with torch.save(model.state_dict(), ...).'
+        ) from e
+    except (RuntimeError, OSError, EOFError, ValueError, SafetensorError) as e:
+        raise CommandError(f'{path} is damaged or no checkpoint: {str(e).splitlines()[0] or e!r} Get it again.') from e
+
+    keys = ('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model')
+    if isinstance(checkpoint, dict):
+        found = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), None)
+        if use_ema and found is None:
+            raise CommandError(f'{path} holds no EMA weights. Leave out --use-ema, or train with --model-ema.')
+        checkpoint = clean_state_dict(checkpoint if found is None else found)
+    if not isinstance(checkpoint, dict) or not checkpoint or not all(torch.is_tensor(v) for v in checkpoint.values()):
+        raise CommandError(f'{path} holds no state dict (tensors by name). Save one with torch.save or safetensors.')
+    return checkpoint
