@@ -61,7 +61,7 @@ def resnet(
                 s = F.adaptive_avg_pool2d(y, 1)
             s = F.conv2d(s.relu(), p[f'{name}.se.fc1.weight'], p[f'{name}.se.fc1.bias']).relu()
             gate = F.conv2d(s, p[f'{name}.se.fc2.weight'], p[f'{name}.se.fc2.bias']).sigmoid()
-            if block == 0:
+            if f'{name}.downsample.0.weight' in p:
                 x = bn(F.conv2d(x, p[f'{name}.downsample.0.weight'], stride=stride), f'{name}.downsample.1')
             x = (y * gate + x).relu()
     return F.linear(x.mean((2, 3)), p['fc.weight'], p['fc.bias'])

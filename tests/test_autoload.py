@@ -1,7 +1,8 @@
 """ Registration without an import
 
 Every claim is about what happens while Python, torch and timm are imported, so each is tested in a process of its own.
-All of them run under `-W error`, where a warning of ours or timm's 'Overwriting ... in registry' ends the process.
+The programs run under `-W error`, where timm's 'Overwriting ... in registry' would be a failed registration, and have
+to leave stderr empty.
 """
 import importlib.metadata
 import os
@@ -11,7 +12,7 @@ import sys
 import sysconfig
 import textwrap
 from pathlib import Path
-from typing import List, Sequence
+from typing import Dict, List, Sequence
 
 import pytest
 
@@ -44,19 +45,6 @@ CHECK_UNKNOWN = f"""
 import timm
 assert not timm.list_models(['*gse_*', 'spse_*'])
 assert not any(timm.is_model(name) for name in {NAMES})
-"""
-
-# prepended to a program: calls `action()` while timm imports timm.models.vgg, timm.models is half-imported then
-DURING_IMPORT = """
-import sys
-
-class Trap:
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname == 'timm.models.vgg':
-            sys.meta_path.remove(self)
-            action()
-
-sys.meta_path.insert(0, Trap())
 """
 
 
@@ -100,15 +88,14 @@ def run_python(
 @pytest.mark.parametrize('first', [
     '',
     'import torch',
-    'import importlib.util; importlib.util.find_spec("timm.models")',
-    # asks the finders themselves, which unlike importlib.util does not import timm
     """
     import importlib.util, sys, torch
     path = importlib.util.find_spec('timm').submodule_search_locations
     assert any([finder.find_spec('timm.models', path) for finder in sys.meta_path])
     assert 'timm' not in sys.modules
+    assert importlib.util.find_spec('timm.models')  # imports timm
     """,
-], ids=['timm', 'torch', 'find_spec', 'finders'])
+], ids=['timm', 'torch', 'find_spec'])
 def test_import_timm(first: str, tmp_path: Path) -> None:
     """timm alone is enough, whatever was imported or looked up before it."""
     assert run_python(first, 'import timm', CHECK, cwd=tmp_path) == ''
@@ -167,27 +154,39 @@ def test_idempotent(tmp_path: Path) -> None:
     assert run_python(code, CHECK, cwd=tmp_path) == ''
 
 
-@pytest.mark.parametrize('autoload', [True, False], ids=['autoload', 'no_autoload'])
-def test_threads(autoload: bool, tmp_path: Path) -> None:
-    """One thread imports our squeeze, which waits for timm, while another imports timm, which waits for our squeeze."""
-    code = """
-    import threading, time
+@pytest.mark.parametrize('imports, autoload', [
+    # the second waits for timm.models, which waits for it
+    ({'timm.layers.activations': 'timm_sepool.squeeze', 'timm.models.vgg': 'timm_sepool.sepool_resnet'}, True),
+    # too late for a hook on timm.models
+    ({'timm.models.vgg': 'timm_sepool.squeeze'}, False),
+], ids=['autoload', 'no_autoload'])
+def test_threads(imports: Dict[str, str], autoload: bool, tmp_path: Path) -> None:
+    """Other threads may import our modules while timm is half-imported."""
+    code = f"""
+    import importlib
+    import sys
+    import threading
+    import time
 
-    def target():
-        import timm_sepool.squeeze
-        done.append(timm_sepool.squeeze.SPSEModule)
+    threads = {{
+        name: threading.Thread(target=importlib.import_module, args=(module,), daemon=True)
+        for name, module in {imports}.items()
+    }}
 
-    def action():
-        thread.start()
-        time.sleep(0.5)  # until it waits for us
+    class Trap:
+        def find_spec(self, fullname, path=None, target=None):
+            if fullname in threads:
+                threads[fullname].start()
+                time.sleep(0.5)  # until it waits for timm
 
-    done = []
-    thread = threading.Thread(target=target)
+    sys.meta_path.insert(0, Trap())
     import timm
-    thread.join(60)
-    assert done
+    for thread in threads.values():
+        thread.join(60)
+        assert not thread.is_alive()
+    assert all(module in sys.modules for module in {imports}.values())
     """
-    assert run_python(DURING_IMPORT, code, CHECK, cwd=tmp_path, autoload=autoload) == ''
+    assert run_python(code, CHECK, cwd=tmp_path, autoload=autoload) == ''
 
 
 # a meta path finder that breaks the registration
@@ -261,33 +260,31 @@ def other_addon_net(pretrained=False, **kwargs):
     pass
 
 def install():
-    sys.meta_path.insert(0, Finder())
+    if not any(isinstance(f, Finder) for f in sys.meta_path):
+        sys.meta_path.insert(0, Finder())
 """
 
 
-@pytest.mark.parametrize('ours_first', [True, False], ids=['ours_first', 'theirs_first'])
-def test_other_addon(ours_first: bool, tmp_path: Path) -> None:
-    """Another package with the same technique works beside us, whoever's finder asks the other's."""
+@pytest.mark.parametrize('first, finders', [
+    ('import timm_sepool', ['other_addon', 'timm_sepool._autoload']),
+    ('import other_addon; other_addon.install()', ['timm_sepool._autoload', 'other_addon']),
+], ids=['ours_behind', 'ours_in_front'])
+def test_other_addon(first: str, finders: List[str], tmp_path: Path) -> None:
+    """Another package with the same technique works beside us, whichever of the two finders asks the other."""
     (tmp_path / 'other_addon.py').write_text(ADDON)
     info = tmp_path / 'other_addon-1.0.dist-info'
     info.mkdir()
     (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: other_addon\nVersion: 1.0\n')
     (info / 'entry_points.txt').write_text('[torch.backends]\nother_addon = other_addon:install\n')
-    # each goes in front of those before
     code = f"""
     import sys
-    import {'other_addon' if ours_first else 'timm_sepool'} as first
-    if {ours_first}:
-        first.install()
-        first.install = lambda: None  # torch calls it again
     import torch
-    finders = [type(f).__module__ for f in sys.meta_path]
-    finders = [f for f in finders if f in ('timm_sepool._autoload', 'other_addon')]
-    assert finders == {['timm_sepool._autoload', 'other_addon'][::1 if ours_first else -1]}, finders
+    found = [type(f).__module__ for f in sys.meta_path]
+    assert [f for f in found if f in {finders}] == {finders}, found
     import timm
     assert timm.is_model('other_addon_net')
     """
-    assert run_python(code, CHECK, cwd=tmp_path, path=[tmp_path]) == ''
+    assert run_python(first, code, CHECK, cwd=tmp_path, path=[tmp_path]) == ''
 
 
 def build_args() -> List[str]:
@@ -336,7 +333,7 @@ def test_editable(sources: Path, tmp_path: Path) -> None:
             (site_packages / entry.name).symlink_to(entry)
     run([sys.executable, '-m', 'pip', '--python', python, 'install', *build_args(), '-e', sources], cwd=tmp_path)
     code = ('import timm', CHECK, check_file(sources / 'timm_sepool' / '__init__.py'))
-    assert run_python(*code, cwd=tmp_path, python=python) == ''
+    assert run_python(*code, cwd=tmp_path, python=str(python)) == ''
 
 
 def test_distributed(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ by TORCH_DEVICE_BACKEND_AUTOLOAD=0). `install` only puts a finder in front of `s
 imported here. No failure below may break `import torch` or `import timm`.
 """
 import importlib
-import importlib.util
 import logging
 import sys
 import threading
@@ -17,16 +16,17 @@ _MODELS = 'timm_sepool.sepool_resnet'
 
 def install() -> None:
     """Register the models: at once if timm.models has been imported, else as soon as it is. Idempotent."""
-    if _MODELS in sys.modules or any(isinstance(f, _Finder) for f in sys.meta_path):
+    if any(isinstance(f, _Finder) for f in sys.meta_path):
         return
-    module = sys.modules.get(_TRIGGER)
-    if module is not None and not getattr(module.__spec__, '_initializing', False):
-        _register()
+    if sys.modules.get(_TRIGGER) is not None:
+        _register()  # waits for timm.models if another thread is still importing it
     else:
         sys.meta_path.insert(0, _Finder())
 
 
 def _register() -> None:
+    if _MODELS in sys.modules:
+        return  # registered, or about to be by its importer, maybe a thread that waits for the timm.models of this one
     try:
         importlib.import_module(_MODELS)
     except Exception as e:
@@ -49,7 +49,9 @@ class _Finder:
             return None
         self._searching.value = True
         try:
-            spec = importlib.util.find_spec(fullname)
+            # importlib.util.find_spec would import timm first, and with it timm.models behind our back
+            specs = (f.find_spec(fullname, path, target) for f in list(sys.meta_path) if hasattr(f, 'find_spec'))
+            spec = next((s for s in specs if s is not None), None)
         finally:
             self._searching.value = False
         if spec is not None and spec.loader is not None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator
 
+from safetensors import SafetensorError
 
 class CommandError(Exception):
     """Bad input to a subcommand. The message names the thing and the mend."""
@@ -22,6 +23,8 @@ def new_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     if os.path.lexists(path):
         raise CommandError(f'{path} exists and is left as it is. Choose another output or remove it first.')
+    if not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
+        raise CommandError(f'Can not write {path}: {path.parent} is no writable folder. Choose another output.')
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         try:
@@ -32,8 +35,8 @@ def new_path(path: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary)
             else:
                 temporary.unlink(missing_ok=True)
-    except OSError as e:
-        raise CommandError(f'Can not write {path}: {e.strerror or e}. Choose a writable output.') from e
+    except (OSError, SafetensorError) as e:
+        raise CommandError(f'Can not write {path}: {e}. Choose another output or make room.') from e
 
 
 def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
@@ -43,7 +46,6 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
         CommandError: If the file is missing, damaged, needs code to be run, or has no (EMA) state dict.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from timm.models import clean_state_dict

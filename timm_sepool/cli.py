@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(func=cmd_convert)
 
-    p = commands.add_parser('imagefolder', help='an image list of the official code to a folder of links that timm reads')
+    p = commands.add_parser('imagefolder', help='an official image list to a folder of links that timm reads')
     p.add_argument('list', type=Path, metavar='LIST', help='text file of lines "image label", labels from 0')
     p.add_argument('images', type=Path, metavar='IMAGES', help='folder that the listed images are relative to')
     p.add_argument('output', type=Path, metavar='OUT', help='folder to write, must not exist')

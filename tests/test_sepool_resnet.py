@@ -1,0 +1,339 @@
+""" The ten networks at full size, and each claim about them as a check on a small network of each family """
+import copy
+import pickle
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import reference
+import torch
+from common import GOLDEN, NAMES, PARAMS, TINY, images, official_state_dict, tiny, training_step
+from torch import nn
+
+import timm
+from timm.layers import DropBlock2d, GroupNorm1
+from timm_sepool import RGSEModule, SEPoolResNet, SPSEModule, checkpoint_filter_fn
+from timm_sepool.squeeze import SEPoolModule
+
+FAMILIES = ['rgse_resnext50', 'spse_resnet50']
+SIZES = [(32, 32), (97, 131), (224, 224), (288, 288), (320, 480)]
+
+
+# --- per name, full size
+
+@pytest.mark.parametrize('name', NAMES)
+def test_full_size(name: str) -> None:
+    """Registered, buildable without memory, the official number of parameters."""
+    assert timm.is_model(name) and name in timm.list_models(module='sepool_resnet')
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    assert isinstance(model, SEPoolResNet)
+    assert sum(p.numel() for p in model.parameters()) == PARAMS[name]
+    assert all(p.is_meta for p in model.parameters()) and all(b.is_meta for b in model.buffers())
+    modules = [m for m in model.modules() if isinstance(m, SEPoolModule)]
+    assert len(modules) == len([n for n, _ in model.named_modules() if n.endswith('.conv3')])
+    if name.startswith('rgse'):
+        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+        assert [{block.se.grid for block in stage} for stage in stages] == [{8}, {4}, {2}, {1}]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_equals_official_code(name: str) -> None:
+    """Logits of the official code (float64, eval) after the filter and a strict load, in both memory formats."""
+    model = timm.create_model(name).double().eval()
+    state_dict = {f'module.{k}': v for k, v in official_state_dict(name).items()}  # as DataParallel saves it
+    model.load_state_dict(checkpoint_filter_fn({'state_dict': state_dict, 'epoch': 100}, model), strict=True)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 224, 224)))
+    expected = torch.from_numpy(GOLDEN[f'{name}/logits'])
+    assert expected.abs().max() > 1
+    with torch.no_grad():
+        assert (model(x) - expected).abs().max() <= 1e-9
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        assert (model(x) - expected).abs().max() <= 1e-9
+
+
+# --- the claims, small
+
+@pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
+@pytest.mark.parametrize('name', FAMILIES)
+def test_training_step_equals_formulas(name: str, size) -> None:
+    """Loss and every gradient in float64 against the formulas written out, at sizes the official code can't take."""
+    kwargs = dict(TINY, layers=(2, 1, 2, 1)) if size[0] < 224 else TINY
+    model = tiny(name, **kwargs).double().train()
+    x = images(3, *size, dtype=torch.float64)
+    loss, grads = training_step(model, x)
+    params = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+    logits = reference.resnet(
+        params, x, name[:4], kwargs['layers'], cardinality=32 if 'resnext' in name else 1)
+    expected = nn.functional.cross_entropy(logits, torch.arange(3))
+    torch.testing.assert_close(loss, expected.detach())
+    for n, g in zip(params, torch.autograd.grad(expected, list(params.values()))):
+        torch.testing.assert_close(grads[n], g, rtol=1e-6, atol=1e-9, msg=lambda m, n=n: f'{n}: {m}')
+
+
+@pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
+@pytest.mark.parametrize('name', FAMILIES)
+def test_memory_formats_and_amp(name: str, size) -> None:
+    """channels_last computes the same in forward and backward, bfloat16 autocast about the same."""
+    model = tiny(name)
+    x = images(2, *size)
+    expected = model(x)
+    loss, grads = training_step(model, x)
+    assert expected.isfinite().all()
+    with torch.autocast('cpu', torch.bfloat16):
+        amp = model(x)
+    assert amp.dtype == torch.bfloat16
+    assert (amp.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    loss_cl, grads_cl = training_step(model, x)
+    torch.testing.assert_close(loss_cl, loss, rtol=1e-4, atol=1e-4)
+    for n in grads:
+        atol = 1e-3 * grads[n].abs().max().item() + 1e-6
+        torch.testing.assert_close(grads_cl[n], grads[n], rtol=0, atol=atol, msg=lambda m, n=n: f'{n}: {m}')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_bf16_amp_trains(name: str) -> None:
+    model = tiny(name).train()
+    x, y = images(8, 64, 64), torch.arange(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(15):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_in_chans_and_num_classes(name: str) -> None:
+    for in_chans in (1, 4):
+        model = tiny(name, in_chans=in_chans)
+        assert model(images(2, in_chans, 64, 64)).shape == (2, 10)
+    for num_classes, out in ((0, 512), (7, 7)):
+        model = tiny(name, num_classes=num_classes)
+        assert model(images(2, 64, 64)).shape == (2, out)
+    assert tiny(name, num_classes=0, global_pool='')(images(2, 64, 64)).shape == (2, 512, 2, 2)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_reset_classifier(name: str) -> None:
+    model = tiny(name)
+    x = images(2, 64, 64)
+    features = model.forward_features(x)
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
+    model.reset_classifier(0, 'max')
+    torch.testing.assert_close(model(x), features.amax((2, 3)))
+    assert tiny(name).forward_head(features, pre_logits=True).shape == (2, 512)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_features(name: str) -> None:
+    """features_only, out_indices, forward_intermediates and pruning give the same maps."""
+    model = tiny(name)
+    x = images(2, 97, 131)
+    final, maps = model.forward_intermediates(x)
+    assert [m.shape[1] for m in maps] == [64, 64, 128, 256, 512]
+    assert torch.equal(final, maps[-1]) and torch.equal(final, model.forward_features(x))
+
+    for out_indices in ((0, 1, 2, 3, 4), (1, 3), (2,)):
+        extractor = timm.create_model(name, features_only=True, out_indices=out_indices, num_classes=10, **TINY).eval()
+        extractor.load_state_dict({k: v for k, v in model.state_dict().items() if k in extractor.state_dict()})
+        assert extractor.feature_info.channels() == [(64, 64, 128, 256, 512)[i] for i in out_indices]
+        assert extractor.feature_info.reduction() == [(2, 4, 8, 16, 32)[i] for i in out_indices]
+        for feature, i in zip(extractor(x), out_indices):
+            assert torch.equal(feature, maps[i])
+
+    pruned = copy.deepcopy(model)
+    assert pruned.prune_intermediate_layers([1, 3]) == [1, 3]
+    assert len(list(pruned.layer4.parameters())) == 0
+    for feature, i in zip(pruned.forward_intermediates(x, [1, 3], intermediates_only=True, stop_early=True), (1, 3)):
+        assert torch.equal(feature, maps[i])
+
+
+@pytest.mark.parametrize('output_stride', [8, 16])
+@pytest.mark.parametrize('name', FAMILIES)
+def test_output_stride(name: str, output_stride: int) -> None:
+    """Dilation keeps the parameters (the grid belongs to the stage) and the resolution."""
+    model = tiny(name, output_stride=output_stride)
+    model.load_state_dict(tiny(name).state_dict(), strict=True)
+    assert model.forward_features(images(2, 128, 192)).shape == (2, 512, 128 // output_stride, 192 // output_stride)
+    features = timm.create_model(name, features_only=True, output_stride=output_stride, **TINY)
+    assert max(features.feature_info.reduction()) == output_stride
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_drop_path_and_drop_block(name: str) -> None:
+    """Active in training; in eval mode timm's order of operations and ours agree."""
+    plain = tiny(name)
+    model = tiny(name, drop_path_rate=0.5, drop_block_rate=0.3, drop_rate=0.2)
+    model.load_state_dict(plain.state_dict())
+    x = images(4, 64, 64)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, DropBlock2d) for m in model.modules())
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_grad_checkpointing(name: str) -> None:
+    model = tiny(name).train()
+    x = images(3, 64, 64)
+    loss, grads = training_step(model, x)
+    model.set_grad_checkpointing()
+    loss_checkpointed, grads_checkpointed = training_step(model, x)
+    torch.testing.assert_close(loss_checkpointed, loss)
+    for n in grads:
+        torch.testing.assert_close(grads_checkpointed[n], grads[n], msg=lambda m, n=n: f'{n}: {m}')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_deepcopy_and_pickle(name: str) -> None:
+    model = tiny(name)
+    x = images(2, 64, 64)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_other_attention_and_norms(name: str) -> None:
+    """block_args replaces the squeeze as in timm's resnet, norm_layer reaches the squeeze too."""
+    for attn_layer, has_attn in (('eca', True), ('cbam', True), (None, False)):
+        model = tiny(name, block_args=dict(attn_layer=attn_layer))
+        assert not any(isinstance(m, SEPoolModule) for m in model.modules())
+        assert (model.layer1[0].se is not None) is has_attn
+        assert model(images(2, 64, 64)).isfinite().all()
+    model = tiny(name, norm_layer=GroupNorm1).train()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert model(images(1, 64, 64)).isfinite().all()  # and so one image trains
+
+
+def test_in_timms_own_resnet() -> None:
+    """The modules are drop-ins for timm's attention layers."""
+    for attn_layer in (SPSEModule, partial(RGSEModule, grid=4)):
+        model = timm.create_model('resnet26', block_args=dict(attn_layer=attn_layer), num_classes=10)
+        assert model(images(2, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_batch_of_one(name: str) -> None:
+    model = tiny(name).train()
+    x = images(1, 64, 64)
+    with pytest.raises(ValueError, match='larger batch, SyncBatchNorm .* or freeze the norms of the squeeze'):
+        model(x)
+    for module in model.modules():
+        if isinstance(module, SEPoolModule):
+            module.bn.eval()
+    loss, grads = training_step(model, x)
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_sync_bn_conversion(name: str) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(tiny(name))
+    norms = [m for n, m in model.named_modules() if n.endswith('.se.bn') and not isinstance(m, nn.Identity)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    torch.testing.assert_close(model(images(2, 64, 64)), tiny_like(name, model)(images(2, 64, 64)))
+
+
+def tiny_like(name: str, model: nn.Module) -> nn.Module:
+    other = tiny(name)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+# --- initialization
+
+def check_official_initialization(model: nn.Module) -> None:
+    squeeze_prefixes = tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, SEPoolModule))
+    modules = dict(model.named_modules())
+    for n, p in model.named_parameters():
+        module, kind = modules[n.rpartition('.')[0]], n.rpartition('.')[2]
+        if kind.startswith('bias'):
+            assert (p == 0).all(), n
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (p == 1).all(), n
+        elif n.startswith(squeeze_prefixes) or n == 'fc.weight':  # torch's default
+            bound = p[0].numel() ** -0.5
+            assert p.abs().max() <= bound and p.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.2), n
+        else:  # kaiming-normal, fan-out
+            fan_out = p.shape[0] * p[0, 0].numel()
+            assert p.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), n
+    for n, b in model.named_buffers():
+        assert (b == (1 if n.endswith('running_var') else 0)).all(), n
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_initialization(name: str) -> None:
+    """Official, after create_model, after init_weights, and after meta, to_empty, init_weights."""
+    model = timm.create_model(name, layers=(1, 1, 1, 1))
+    check_official_initialization(model)
+    with torch.device('meta'):
+        model = timm.create_model(name, layers=(1, 1, 1, 1))
+    model = model.to_empty(device='cpu')
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            t.fill_(123)
+    model.init_weights()
+    check_official_initialization(model)
+    assert (timm.create_model(name, zero_init_last=True, **TINY).layer1[0].bn3.weight == 0).all()
+    torch.manual_seed(5)
+    first = timm.create_model(name, **TINY).state_dict()
+    torch.manual_seed(5)
+    assert all(torch.equal(v, first[k]) for k, v in timm.create_model(name, **TINY).state_dict().items())
+
+
+# --- checkpoints
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_native_checkpoint_is_returned_unchanged(name: str) -> None:
+    model = tiny(name)
+    state_dict = model.state_dict()
+    filtered = checkpoint_filter_fn(state_dict, model)
+    assert list(filtered) == list(state_dict) and all(filtered[k] is state_dict[k] for k in filtered)
+    model.load_state_dict(filtered, strict=True)
+
+
+def test_official_file_as_pretrained(tmp_path) -> None:
+    """timm's own loading runs the filter: other classes, other channels, features."""
+    state_dict = official_state_dict('rgse_resnet50')
+    torch.save({'state_dict': state_dict, 'arch': 'RGSE50'}, tmp_path / 'RGSE50.pth.tar')
+    create = partial(
+        timm.create_model, 'rgse_resnet50', pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'RGSE50.pth.tar')))
+    conv1 = state_dict['conv1.weight'].float()
+    assert torch.equal(create().fc.weight, state_dict['fc.weight'].float())
+    model = create(num_classes=7, in_chans=1)
+    assert model.fc.weight.shape == (7, 2048)
+    torch.testing.assert_close(model.conv1.weight, conv1.sum(1, keepdim=True))
+    assert torch.equal(create(features_only=True).conv1.weight, conv1)
+
+
+@pytest.mark.parametrize('other', ['rgse_resnet101', 'rgse_resnext50', 'spse_resnet50'])
+@pytest.mark.parametrize('kwargs', [dict(), dict(num_classes=10), dict(features_only=True)], ids=str)
+def test_checkpoint_of_another_architecture(tmp_path, other: str, kwargs) -> None:
+    """One clear error, also where timm itself would load in part."""
+    torch.save(official_state_dict(other), tmp_path / 'other.pth')
+    with pytest.raises(RuntimeError, match='not one of rgse_resnet50, tensors .*Use a checkpoint of the same'):
+        timm.create_model(
+            'rgse_resnet50', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'other.pth')), **kwargs)
+
+
+def test_no_weights_and_unknown_names() -> None:
+    with pytest.raises(RuntimeError, match='No pretrained weights exist'):
+        timm.create_model('rgse_resnet50', pretrained=True)
+    with pytest.raises(RuntimeError, match='Unknown model'):
+        timm.create_model('rgse_resnet51')
+
+
+def test_no_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model = tiny('rgse_resnet50').train()
+        training_step(model, images(2, 64, 64))
