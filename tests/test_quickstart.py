@@ -30,7 +30,7 @@ def test_quickstart(tmp_path, capsys, monkeypatch) -> None:
 
     model = timm.create_model('local-dir:sepool_quickstart', pretrained=True).eval()
     data_config = timm.data.resolve_data_config(model=model)
-    assert data_config['input_size'] == (1, 32, 32) and tuple(data_config['mean']) == (0.5,)
+    assert tuple(data_config['input_size']) == (1, 32, 32) and tuple(data_config['mean']) == (0.5,)
     transform = timm.data.create_transform(**data_config)
     digits, labels = load_digits()
     held_out = torch.stack([transform(image) for image in digits[1437:]])
@@ -68,7 +68,10 @@ def test_bad_input(tmp_path, capsys) -> None:
 def test_interrupt(tmp_path) -> None:
     """Ctrl-C in the middle: exit code 130, one line, nothing left behind."""
     command = [sys.executable, '-u', '-m', 'timm_sepool', 'quickstart', '--out', str(tmp_path / 'out')]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores Ctrl-C
+    ) as process:
         for line in process.stdout:
             if 'epoch  1' in line:
                 process.send_signal(signal.SIGINT)

@@ -32,8 +32,8 @@ CLAIMS = [
 def upstream(tmp_path_factory) -> Path:
     """The folder `tests` of timm's sdist, its lists of modules by feature extended by ours."""
     folder = tmp_path_factory.mktemp('timm')
-    download = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-binary', ':all:', f'timm=={timm.__version__}']
-    result = subprocess.run([*download, '-d', str(folder)], capture_output=True, text=True)
+    download = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-binary', ':all:', '-d', str(folder)]
+    result = subprocess.run([*download, f'timm=={timm.__version__}'], capture_output=True, text=True)
     if result.returncode:
         pytest.skip(f'timm {timm.__version__} has no sdist here: {result.stderr.strip().splitlines()[-1]}')
     sdist, = folder.glob('*.tar.gz')

@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterator
 
 from safetensors import SafetensorError
 
+
 class CommandError(Exception):
     """Bad input to a subcommand. The message names the thing and the mend."""
 

@@ -10,48 +10,17 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from . import __version__
-from ._files import CommandError, load_checkpoint, new_path
-
-# Top-1 / top-5 error (%) on ImageNet-1k, single crop, as claimed by the paper (Jin et al. 2022), not reproduced
-_FAMILIES = ('plain', 'SE', 'CBAM', 'SPSE', 'RGSE')
-_PAPER_ERRORS = {
-    'resnet50': ((24.48, 7.49), (23.21, 6.60), (22.65, 6.32), (22.40, 6.18), (22.27, 6.15)),
-    'resnet101': ((23.28, 6.70), (22.35, 6.13), (21.49, 5.68), (21.27, 5.66), (21.24, 5.62)),
-    'resnet152': ((22.44, 6.37), (21.59, 5.74), (21.37, 5.70), (21.16, 5.60), (21.09, 5.58)),
-    'resnext50': ((22.72, 6.44), (21.89, 6.02), (21.91, 5.89), (21.42, 5.76), (21.36, 5.72)),
-    'resnext101': ((21.53, 5.77), (21.18, 5.67), (21.10, 5.58), (20.71, 5.45), (20.67, 5.43)),
-}
-
-
-def check_model(name: str) -> str:
-    """Architecture of a model name with or without a tag.
-
-    Raises:
-        CommandError: If it is none of this package.
-    """
-    from timm.models import get_arch_name, list_models
-
-    from . import sepool_resnet  # noqa: F401, registers the models where autoload is switched off
-    arch = get_arch_name(name)
-    models = list_models(module='sepool_resnet')
-    if arch not in models:
-        raise CommandError(f'Unknown model {name!r}. Choose one of: {", ".join(models)}.')
-    return arch
+from ._files import CommandError, new_path
 
 
 def model_table() -> List[Dict[str, Any]]:
     """Parameters, GMACs at 224 px and the paper's claimed errors of all models beside plain, SE and CBAM."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from timm.models import create_model
-
-    from . import sepool_resnet  # noqa: F401, registers the models where autoload is switched off
+    from .hub import FAMILIES, PAPER_ERRORS, model_stats
 
     rows = []
-    for backbone, errors in _PAPER_ERRORS.items():
+    for backbone, errors in PAPER_ERRORS.items():
         timm_name = backbone.replace('resnext50', 'resnext50_32x4d').replace('resnext101', 'resnext101_32x4d')
-        for family, (top1_err, top5_err) in zip(_FAMILIES, errors, strict=True):
+        for family, (top1_err, top5_err) in zip(FAMILIES, errors):
             kwargs = {}
             if family in ('SPSE', 'RGSE'):
                 name = f'{family.lower()}_{backbone}'
@@ -60,16 +29,13 @@ def model_table() -> List[Dict[str, Any]]:
             else:
                 name = timm_name
                 kwargs = dict(block_args=dict(attn_layer='cbam')) if family == 'CBAM' else {}
-            with torch.device('meta'):
-                model = create_model(name, **kwargs).eval()
-                with FlopCounterMode(display=False) as flops, torch.no_grad():
-                    model(torch.empty(1, 3, 224, 224))
+            stats = model_stats(name, **kwargs)
             rows.append(dict(
                 model=name,
                 family=family,
                 kwargs=kwargs,
-                params=sum(p.numel() for p in model.parameters()),
-                gmacs=flops.get_total_flops() / 2e9,
+                params=stats['params'],
+                gmacs=stats['gmacs'],
                 claimed_top1_err=top1_err,
                 claimed_top5_err=top5_err,
             ))
@@ -96,31 +62,12 @@ def cmd_list(args: argparse.Namespace) -> None:
 
 
 def cmd_convert(args: argparse.Namespace) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from timm.models import create_model
-
-    from .sepool_resnet import checkpoint_filter_fn
+    from .hub import check_model, load_trained, save_weights
 
     arch = check_model(args.model)
     with new_path(args.output) as temporary:
-        state_dict = load_checkpoint(args.input, args.use_ema)
-        kwargs = dict(args.model_kwargs)
-        kwargs.setdefault('num_classes', state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0)
-        if getattr(state_dict.get('conv1.weight'), 'ndim', 0) == 4:
-            kwargs.setdefault('in_chans', state_dict['conv1.weight'].shape[1])
-        try:
-            with torch.device('meta'):
-                model = create_model(arch, **kwargs)
-        except (TypeError, ValueError) as e:
-            raise CommandError(f'{arch} can not be created with {kwargs}: {e}') from e
-        try:
-            state_dict = checkpoint_filter_fn(state_dict, model)
-            model.load_state_dict(state_dict, strict=True, assign=True)
-        except RuntimeError as e:
-            raise CommandError(f'{args.input}: {e}') from e
-        save_file({k: v.contiguous() for k, v in state_dict.items()}, temporary, metadata={'format': 'pt'})
+        model, kwargs = load_trained(arch, args.input, args.use_ema, args.model_kwargs)
+        save_weights(model, temporary)
     extra = ''.join(f', {k}={v!r}' for k, v in kwargs.items() if (k, v) not in (('num_classes', 1000), ('in_chans', 3)))
     print(f'wrote {args.output} ({sum(p.numel() for p in model.parameters()):,} parameters), to be used as\n')
     print(f'  timm.create_model({arch!r}{extra}, checkpoint_path={str(args.output)!r})')
@@ -166,8 +113,46 @@ def cmd_imagefolder(args: argparse.Namespace) -> None:
 
 
 def cmd_quickstart(args: argparse.Namespace) -> None:
+    from .hub import check_model
     from .quickstart import quickstart
     quickstart(check_model(args.model), out=args.out, epochs=args.epochs, seed=args.seed)
+
+
+def cmd_cards(args: argparse.Namespace) -> None:
+    from .hub import default_cards
+
+    cards = default_cards()
+    with new_path(args.output) as temporary:
+        temporary.mkdir()
+        for name, text in cards.items():
+            (temporary / name).write_text(text)
+    print(f'wrote {len(cards)} cards to {args.output}')
+
+
+def cmd_push(args: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
+    from .hub import check_model, check_repo_id, export, upload
+
+    check_model(args.model)
+    check_repo_id(args.repo_id)
+    preprocessing = {k: getattr(args, k) for k in ('interpolation', 'crop_pct', 'mean', 'std') if getattr(args, k)}
+    if args.img_size:
+        preprocessing['input_size'] = (3, args.img_size, args.img_size)
+    if preprocessing and not args.checkpoint:
+        raise CommandError('Preprocessing flags go with --checkpoint, the weights of a tag have their own.')
+    export_args = dict(
+        checkpoint=args.checkpoint, use_ema=args.use_ema, run_args=args.args, model_kwargs=args.model_kwargs,
+        preprocessing=preprocessing, labels=args.labels, metrics=args.metrics, license=args.license)
+    if args.dry_run:
+        with new_path(args.dry_run) as temporary:
+            export(args.model, args.repo_id, temporary, **export_args)
+        print(f'wrote {args.dry_run}, nothing was uploaded')
+        return
+    with TemporaryDirectory() as folder:
+        export(args.model, args.repo_id, Path(folder), **export_args)
+        url = upload(Path(folder), args.repo_id, args.private, args.force)
+    print(f"pushed {url}\n\n  timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
 
 
 class _ModelKwargs(argparse.Action):
@@ -213,6 +198,33 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', type=int, default=0, help='random seed (default: %(default)s)')
     p.add_argument('--out', type=Path, help='folder to write (default: the first free sepool_quickstart[-N])')
     p.set_defaults(func=cmd_quickstart)
+
+    p = commands.add_parser('cards', help='the model cards of all default tags')
+    p.add_argument('output', type=Path, metavar='OUT', help='folder to write, must not exist')
+    p.set_defaults(func=cmd_cards)
+
+    p = commands.add_parser('push', help='weights, config and model card to the Hugging Face Hub')
+    p.add_argument('model', metavar='MODEL[.TAG]', help='architecture, with the tag whose weights to push')
+    p.add_argument('--repo-id', required=True, metavar='USER/NAME', help='repository, created if there is none')
+    p.add_argument('--checkpoint', type=Path, help='trained weights, with the args.yaml of train.py beside it')
+    p.add_argument('--use-ema', action='store_true', help='take the EMA weights of the checkpoint')
+    p.add_argument('--args', type=Path, metavar='FILE', help='args.yaml of the training run, if it is elsewhere')
+    p.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
+        help='model arguments, if there is no args.yaml',
+    )
+    p.add_argument('--img-size', type=int, metavar='N', help='validation image size')
+    p.add_argument('--interpolation', metavar='NAME', help='validation interpolation')
+    p.add_argument('--crop-pct', type=float, metavar='N', help='validation crop')
+    p.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='normalization mean')
+    p.add_argument('--std', type=float, nargs='+', metavar='STD', help='normalization std')
+    p.add_argument('--labels', type=Path, metavar='FILE', help='class names, one a line')
+    p.add_argument('--metrics', type=Path, metavar='FILE', help='results file (CSV) of validate.py, for the card')
+    p.add_argument('--license', default='apache-2.0', help='license of trained weights (default: %(default)s)')
+    p.add_argument('--private', action='store_true', help='create the repository private')
+    p.add_argument('--force', action='store_true', help='replace a network of another architecture')
+    p.add_argument('--dry-run', type=Path, metavar='DIR', help='write this folder instead of uploading')
+    p.set_defaults(func=cmd_push)
     return parser
 
 

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm.data import create_transform, resolve_data_config
-from timm.models import create_model, save_for_hf
+from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import accuracy, random_seed
 
 from ._files import CommandError, new_path
+from .hub import save_folder
 
 MODEL_ARGS = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), in_chans=1)
 DATA_CFG = dict(
@@ -113,13 +114,7 @@ def quickstart(model_name: str, out: Optional[Path] = None, epochs: int = 12, se
                 acc = top1(model, images[num_train:], labels[num_train:])
                 progress.write(f'epoch {epoch + 1:2d}  loss {loss.item():.3f}  validation top-1 {acc:.2f} %')
 
-        save_for_hf(
-            model,
-            folder,
-            model_config=dict(label_names=[str(i) for i in range(10)]),
-            model_args=MODEL_ARGS,
-            safe_serialization=True,
-        )
+        save_folder(model, folder, MODEL_ARGS, resolve_data_config(model=model), [str(i) for i in range(10)])
     seconds = time.perf_counter() - start
 
     model = create_model(f'local-dir:{out}', pretrained=True).eval()

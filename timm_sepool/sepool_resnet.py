@@ -4,19 +4,29 @@ timm's own ResNet with the squeeze of each block's SE replaced by spatial-pyrami
 pooling. The paper's comparators are timm's: `resnet50`, `seresnet50`, `resnet50` with
 `block_args=dict(attn_layer='cbam')`, ...
 
+No trained SPSE / RGSE weights are public. `pretrained=True` loads those of the plain backbone, which the network then
+computes exactly: the squeeze starts inert and learns in fine-tuning, and accuracy figures are the donor's.
+
 Paper: `Delving deep into spatial pooling for squeeze-and-excitation networks`
     (Jin et al., Pattern Recognition 121, 2022) - https://doi.org/10.1016/j.patcog.2021.108159
 """
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Dict, Tuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models.resnet import Bottleneck, ResNet
 
 # The module, not its names: when `timm_sepool.squeeze` is imported before timm, its own import of timm registers these
@@ -131,49 +141,72 @@ def _convert_official(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Te
     return out
 
 
-def _check_keys(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
+def _convert_donor(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Carry a plain ResNet over, bit-exactly: every gate is sigmoid(0) = 1 / 2 and doubled norms undo it.
+
+    The squeeze and fc1 keep the model's initialization. fc2 learns from the first step on, they from the second.
+    """
+    out = {k: 2 * v if re.search(r'\.bn3\.(weight|bias)$', k) else v for k, v in state_dict.items()}
+    for k, v in model.state_dict().items():
+        if '.se.' in k:
+            out[k] = torch.zeros_like(v) if '.se.fc2.' in k else v
+    return out
+
+
+def _check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
     """timm drops `strict` when num_classes differs and for features_only, so a checkpoint of another architecture
     would load in part, with a warning only."""
     def _comparable(k: str, shape: torch.Size) -> Tuple[int, ...]:
-        # the classifier may be replaced and the first conv adapted to in_chans by timm after this
+        # timm adapts the first conv to in_chans after this
         return shape[:1] + shape[2:] if k in ('conv1.weight', 'conv1.0.weight') else tuple(shape)
 
+    cfg = getattr(model, 'pretrained_cfg', {})
+    problems = []
     theirs = {k: _comparable(k, v.shape) for k, v in state_dict.items() if not k.startswith('fc.')}
     ours = {k: _comparable(k, v.shape) for k, v in model.state_dict().items() if not k.startswith('fc.')}
-    if theirs == ours:
-        return
-    differences = []
     for what, keys in (
             ('missing', sorted(ours.keys() - theirs.keys())),
             ('unexpected', sorted(theirs.keys() - ours.keys())),
             ('of another shape', sorted(k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k])),
+            ('holding NaN or infinity', sorted(
+                k for k, v in state_dict.items() if v.is_floating_point() and not v.isfinite().all())),
     ):
         if keys:
-            differences.append(f'{len(keys)} {what} ({", ".join(keys[:2])}{", ..." if len(keys) > 2 else ""})')
-    name = getattr(model, 'pretrained_cfg', {}).get('architecture', None) or type(model).__name__
-    raise RuntimeError(
-        f'The checkpoint is not one of {name}, tensors {"; ".join(differences)}. '
-        'Use a checkpoint of the same architecture (and model arguments).'
-    )
+            problems.append(f'{len(keys)} tensors {what} ({", ".join(keys[:2])}{", ..." if len(keys) > 2 else ""})')
+    # timm replaces the classifier where num_classes differs from the config's, so one of these it must be
+    classes = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else None
+    if classes not in (None, model.num_classes, cfg.get('num_classes')):
+        problems.append(f'a classifier of {classes} classes instead of {cfg.get("num_classes", model.num_classes)}')
+    if problems:
+        name = cfg.get('architecture') or type(model).__name__
+        source = cfg.get('file') or cfg.get('hf_hub_id')
+        raise RuntimeError(
+            f'The checkpoint{f" {source}" if source else ""} is not one for {name}: {"; ".join(problems)}. Use a sound '
+            f'checkpoint of {name} with the same model arguments, or of the plain backbone with the same layers.'
+        )
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Convert a checkpoint of this architecture to the model's own state dict.
+    """Convert a checkpoint to the model's own state dict.
 
     Args:
-        state_dict: State dict of this package (returned as is) or of the paper's official code, maybe inside
-            `{'state_dict': ...}`, maybe with the `module.` prefixes of DataParallel.
+        state_dict: State dict of this package (returned as is), of the paper's official code, or of the plain timm
+            ResNet of the same topology (a donor, carried over bit-exactly). It may be inside `{'state_dict': ...}` and
+            have the `module.` prefixes of DataParallel.
         model: The model to load it into. Only the classifier and the first conv's input channels may differ.
 
     Raises:
-        RuntimeError: If it is the checkpoint of another architecture.
+        RuntimeError: If it is the checkpoint of another architecture, of other classes than the model or its config,
+            or not finite.
     """
     if isinstance(state_dict.get('state_dict', None), dict):
         state_dict = state_dict['state_dict']
     state_dict = {k[7:] if k.startswith('module.') else k: v for k, v in state_dict.items()}
     if any('.fc_reduction.' in k for k in state_dict):
         state_dict = _convert_official(state_dict)
-    _check_keys(state_dict, model)
+    elif not any('.se.' in k for k in state_dict):
+        state_dict = _convert_donor(state_dict, model)
+    _check_state_dict(state_dict, model)
     return state_dict
 
 
@@ -184,31 +217,62 @@ def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> S
     else:
         attn_layers = (partial(squeeze.SPSEModule, norm_layer=norm_layer),) * 4
     model_args = dict(block=_stage_blocks(attn_layers), zero_init_last=False)
-    return build_model_with_cfg(
-        SEPoolResNet, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **dict(model_args, **kwargs))
+    try:
+        return build_model_with_cfg(
+            SEPoolResNet, variant, pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **dict(model_args, **kwargs))
+    except (OSError, ValueError, SafetensorError) as e:  # the Hub client's errors are OSErrors
+        if not pretrained:
+            raise
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        reason = next(iter(str(e).strip().splitlines()), '') or type(e).__name__
+        raise RuntimeError(
+            f'The pretrained weights of {variant} can not be loaded from {cfg.file or cfg.hf_hub_id}: {reason} Check '
+            'the name and the network (and access to the repository), name a file on disk by '
+            "pretrained_cfg_overlay=dict(file='...'), or use pretrained=False."
+        ) from e
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc',
-        'license': 'apache-2.0',
-        'paper_ids': 'doi:10.1016/j.patcog.2021.108159',
-        'paper_name': 'Delving deep into spatial pooling for squeeze-and-excitation networks',
-        **kwargs
-    }
+# backbone -> the plain timm model and its weights that are the default donor
+_DONORS = {
+    'resnet50': ('resnet50', 'resnet50.a1_in1k'),
+    'resnet101': ('resnet101', 'resnet101.a1h_in1k'),
+    'resnet152': ('resnet152', 'resnet152.a1h_in1k'),
+    'resnext50': ('resnext50_32x4d', 'resnext50_32x4d.a1h_in1k'),
+    'resnext101': ('resnext101_32x4d', 'resnext101_32x4d.gluon_in1k'),
+}
 
 
-default_cfgs = generate_default_cfgs({
-    f'{family}_{backbone}.untrained': _cfg()
-    for family in ('rgse', 'spse')
-    for backbone in ('resnet50', 'resnet101', 'resnet152', 'resnext50', 'resnext101')
-})
+def _donor_cfgs() -> Dict[str, Any]:
+    """Pretrained cfgs of the plain backbones: `from_<donor>` tags, the first of each model its default.
+
+    They come from timm's registry, with the donor's own preprocessing: all that are freely licensed, trained at 224 px
+    on ImageNet-1k classes and on the Hub.
+    """
+    cfgs = {}
+    for backbone, (donor, default) in _DONORS.items():
+        donors = {
+            name: cfg for name, cfg in get_arch_pretrained_cfgs(donor).items()
+            if cfg.hf_hub_id and cfg.license in ('apache-2.0', 'bsd-3-clause')
+            and tuple(cfg.input_size) == (3, 224, 224) and cfg.num_classes == 1000
+        }
+        for family in ('rgse', 'spse'):
+            for name, cfg in sorted(donors.items(), key=lambda item: item[0] != default):
+                cfgs[f'{family}_{backbone}.from_{name.replace(".", "_")}'] = replace(
+                    cfg,
+                    url=None,  # the Hub's safetensors only
+                    architecture=None,
+                    tag=None,
+                    description=(
+                        f'Computes exactly what {name} of timm computes (every gate is 1/2, bn3 is doubled): the '
+                        'squeeze starts inert and learns in fine-tuning, accuracy figures are those of the donor.'
+                    ),
+                )
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_donor_cfgs())
 
 
 @register_model

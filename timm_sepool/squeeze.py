@@ -59,7 +59,7 @@ def _pooling_matrix(
         cells.append((rows[:, None, :, None] & cols[None, :, None, :]).reshape(g * g, height * width))
     matrix = torch.cat(cells).to(dtype)
     area = matrix.sum(1)
-    power = torch.exp2(area.log2().floor())
+    power = 2. ** area.log2().floor()  # not exp2, which the TorchScript ONNX exporter lacks
     return matrix / power.unsqueeze(1), power / area
 
 

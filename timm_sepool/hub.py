@@ -1,0 +1,401 @@
+""" Model cards and publishing on the Hugging Face Hub """
+import csv
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm.data import resolve_data_config
+from timm.models import create_model, get_arch_name, get_pretrained_cfg, list_models, save_for_hf
+
+from ._files import CommandError, load_checkpoint
+from .sepool_resnet import checkpoint_filter_fn
+
+# Top-1 / top-5 error (%) on ImageNet-1k, single crop, as claimed by the paper (Jin et al. 2022), not reproduced
+FAMILIES = ('plain', 'SE', 'CBAM', 'SPSE', 'RGSE')
+PAPER_ERRORS = {
+    'resnet50': ((24.48, 7.49), (23.21, 6.60), (22.65, 6.32), (22.40, 6.18), (22.27, 6.15)),
+    'resnet101': ((23.28, 6.70), (22.35, 6.13), (21.49, 5.68), (21.27, 5.66), (21.24, 5.62)),
+    'resnet152': ((22.44, 6.37), (21.59, 5.74), (21.37, 5.70), (21.16, 5.60), (21.09, 5.58)),
+    'resnext50': ((22.72, 6.44), (21.89, 6.02), (21.91, 5.89), (21.42, 5.76), (21.36, 5.72)),
+    'resnext101': ((21.53, 5.77), (21.18, 5.67), (21.10, 5.58), (20.71, 5.45), (20.67, 5.43)),
+}
+# Donors' (image size, top-1, top-5 accuracy in %), published by timm in results/results-imagenet.csv
+DONOR_RESULTS = {
+    'timm/resnet50.a1_in1k': ((224, 80.382, 94.598), (288, 81.240, 95.112)),
+    'timm/resnet101.a1h_in1k': ((224, 81.950, 95.760), (288, 82.796, 96.324)),
+    'timm/resnet152.a1h_in1k': ((224, 82.818, 96.124), (288, 83.494, 96.522)),
+    'timm/resnext50_32x4d.a1h_in1k': ((224, 81.140, 95.320), (288, 82.016, 95.934)),
+    'timm/resnext101_32x4d.gluon_in1k': ((224, 80.336, 94.908),),
+}
+RESULTS_URL = 'https://github.com/huggingface/pytorch-image-models/blob/main/results/results-imagenet.csv'
+PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
+
+
+def check_model(name: str) -> str:
+    """Architecture of a model name with or without a tag.
+
+    Raises:
+        CommandError: If it is none of this package.
+    """
+    arch = get_arch_name(name)
+    models = list_models(module='sepool_resnet')
+    if arch not in models or (arch != name and get_pretrained_cfg(name, allow_unregistered=True) is None):
+        tags = list_models(f'{arch}.*', module='sepool_resnet', include_tags=True)
+        raise CommandError(f'Unknown model {name!r}. Choose one of: {", ".join(tags or models)}.')
+    return arch
+
+
+def model_stats(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **kwargs) -> Dict[str, Any]:
+    """Count without memory or weights.
+
+    Args:
+        name: Any timm model.
+        input_size: Input (C, H, W) of one image.
+        **kwargs: Model arguments.
+
+    Returns:
+        params; gmacs, multiply-adds of convolutions and matrix products; activations, elements that convolutions and
+        linear layers put out; feature_shapes of the five stages.
+    """
+    activations = 0
+
+    def count(module, args, output) -> None:
+        nonlocal activations
+        activations += output.numel()
+
+    with torch.device('meta'), torch.no_grad():
+        model = create_model(name, in_chans=input_size[0], **kwargs).eval()
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.register_forward_hook(count)
+        with FlopCounterMode(display=False) as flops:
+            features = model.forward_intermediates(torch.empty(1, *input_size), intermediates_only=True)
+            model.forward_head(features[-1])
+    return dict(
+        params=sum(p.numel() for p in model.parameters()),
+        gmacs=flops.get_total_flops() / 2e9,
+        activations=activations,
+        feature_shapes=[list(f.shape) for f in features],
+    )
+
+
+def model_card(
+        name: str,
+        model_id: str,
+        model_args: Optional[Dict[str, Any]] = None,
+        cfg: Optional[Dict[str, Any]] = None,
+        results: Optional[List[Dict[str, Any]]] = None,
+        trained: bool = False,
+        license: str = 'apache-2.0',
+) -> ModelCard:
+    """Card of a registered `MODEL.TAG` or of a network to be pushed.
+
+    Args:
+        name: Registered model name with its tag.
+        model_id: What users pass to `timm.create_model`.
+        model_args: Arguments of the network, if it is not the registered one.
+        cfg: Its input_size, test_input_size and num_classes, if they are not the registered ones.
+        results: Measured accuracies, dicts of img_size, top1, top5.
+        trained: The weights come from a checkpoint, not from the donor.
+        license: License of trained weights.
+    """
+    arch = get_arch_name(name)
+    family, backbone = arch.split('_')
+    pretrained_cfg = get_pretrained_cfg(name)
+    cfg = {**pretrained_cfg.to_dict(), **(cfg or {})}
+    donor = None if trained else pretrained_cfg.hf_hub_id
+    stats = model_stats(
+        arch, tuple(cfg['input_size']), num_classes=cfg['num_classes'],
+        **{k: v for k, v in (model_args or {}).items() if k not in ('num_classes', 'in_chans')})
+
+    source = f"[timm's results-imagenet.csv]({RESULTS_URL})"
+    rows = [dict(r, of='these weights', source='measured with validate.py by their author') for r in results or ()]
+    if donor:
+        rows += [
+            dict(img_size=size, top1=top1, top5=top5, of=f'the donor, {donor}', source=source)
+            for size, top1, top5 in DONOR_RESULTS.get(donor, ())]
+    eval_results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type='imagenet-1k' if cfg['num_classes'] == 1000 else 'imagefolder',
+            dataset_name='ImageNet-1k' if cfg['num_classes'] == 1000 else 'validation set of the training run',
+            metric_type='accuracy',
+            metric_name=f'top-{k} accuracy (%) of {row["of"]}, {row["img_size"]} px',
+            metric_value=row[f'top{k}'],
+            source_name=row['source'] if trained or row['of'] == 'these weights' else "timm's results-imagenet.csv",
+            source_url=None if row['of'] == 'these weights' else RESULTS_URL,
+        )
+        for row in rows for k in (1, 5)]
+    data = ModelCardData(
+        license=pretrained_cfg.license if donor else license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'squeeze-and-excitation', family],
+        datasets=['imagenet-1k'] if donor else None,
+        base_model=donor,
+        model_name=model_id.removeprefix('hf-hub:'),
+        eval_results=eval_results or None,
+    )
+    size, test_size = cfg['input_size'], cfg.get('test_input_size') or cfg['input_size']
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).parent / 'card_template.md'),
+        model_id=model_id,
+        article='An',
+        family=family.upper(),
+        backbone=backbone.replace('resnext', 'ResNeXt-').replace('resnet', 'ResNet-'),
+        squeeze={
+            'spse': 'averages over 1x1, 2x2 and 4x4 grids (spatial pyramid)',
+            'rgse': 'averages over an 8x8, 4x4, 2x2 or 1x1 grid by stage (resolution-guided)',
+        }[family],
+        weights='Trained by the author of this repository.' if trained else
+        f'**No trained {family.upper()} weights are public, these are of a donor.** {pretrained_cfg.description}',
+        donor=donor,
+        image_size=f'train = {size[1]} x {size[2]}, test = {test_size[1]} x {test_size[2]}',
+        results=rows,
+        claim=None if trained else PAPER_ERRORS[backbone][FAMILIES.index(family.upper())],
+        mode='L' if size[0] == 1 else 'RGB',
+        k=min(5, cfg['num_classes']),
+        num_features=stats['feature_shapes'][-1][1],
+        **stats,
+    )
+
+
+def default_cards() -> Dict[str, str]:
+    """Cards of all models with their default tags, file name to text."""
+    names = [f'{arch}.{get_pretrained_cfg(arch).tag}' for arch in list_models(module='sepool_resnet')]
+    return {f'{name}.md': f'{model_card(name, name)}\n' for name in names}
+
+
+def load_trained(
+        arch: str,
+        checkpoint: Path,
+        use_ema: bool = False,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+) -> Tuple[torch.nn.Module, Dict[str, Any]]:
+    """Network with the weights of a checkpoint, whose classes and channels are read off it.
+
+    Returns:
+        The network and the arguments it was created with.
+
+    Raises:
+        CommandError: If the checkpoint can't be read or is not one of this architecture and these arguments.
+    """
+    state_dict = load_checkpoint(checkpoint, use_ema)
+    kwargs = dict(model_kwargs or {})
+    kwargs['num_classes'] = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0
+    if getattr(state_dict.get('conv1.weight'), 'ndim', 0) == 4:
+        kwargs['in_chans'] = state_dict['conv1.weight'].shape[1]
+    try:
+        with torch.device('meta'):
+            model = create_model(arch, **kwargs)
+    except (TypeError, ValueError, AssertionError) as e:
+        raise CommandError(f'{arch} can not be created with {kwargs}: {e}') from e
+    if not any('.se.' in k or '.fc_reduction.' in k for k in state_dict):
+        raise CommandError(
+            f'{checkpoint} holds no {arch} weights but those of a network without its squeeze. '
+            'Load a donor by pretrained_cfg_overlay=dict(file=...) or --pretrained-path instead.'
+        )
+    try:
+        model.load_state_dict(checkpoint_filter_fn(state_dict, model), strict=True, assign=True)
+    except RuntimeError as e:
+        raise CommandError(f'{checkpoint}: {" ".join(str(e).split())}') from e
+    return model, kwargs
+
+
+def save_weights(model: torch.nn.Module, path: Path) -> None:
+    """Write the state dict as safetensors."""
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, metadata={'format': 'pt'})
+
+
+def save_folder(
+        model: torch.nn.Module,
+        folder: Path,
+        model_args: Dict[str, Any],
+        cfg: Optional[Dict[str, Any]] = None,
+        label_names: Optional[List[str]] = None,
+) -> None:
+    """Write model.safetensors and config.json, for `hf-hub:`, `local-dir:` and transformers' timm wrapper.
+
+    Args:
+        model: The network, maybe on the meta device but for its state dict.
+        folder: Folder to write.
+        model_args: Arguments it was created with.
+        cfg: Preprocessing that replaces the one it inherits from a donor, see PREPROCESSING.
+        label_names: Class names.
+    """
+    # num_classes stays at the config's top level: transformers' wrapper passes it beside model_args
+    model_args = {k: v for k, v in model_args.items() if k != 'num_classes'}
+    save_for_hf(
+        model, folder, safe_serialization=True, model_args=model_args,
+        model_config=dict(label_names=label_names) if label_names else None)
+    save_weights(model, folder / 'model.safetensors')
+    config = json.loads((folder / 'config.json').read_text())
+    if 'model_args' in config:
+        config['model_args'].pop('num_classes', None)
+    else:
+        config['model_args'] = model_args
+    pretrained_cfg = config['pretrained_cfg']
+    sources = ('tag', 'url', 'file', 'hf_hub_id', 'source', 'origin_url', 'description', 'paper_ids', 'paper_name')
+    for key in (*sources, *(('test_input_size', 'test_crop_pct', 'pool_size', 'test_pool_size') if cfg else ())):
+        pretrained_cfg.pop(key, None)
+    pretrained_cfg.update(cfg or {})
+    (folder / 'config.json').write_text(json.dumps(config, indent=2))
+
+
+def training_preprocessing(
+        model: torch.nn.Module,
+        run_args: Optional[Dict[str, Any]],
+        flags: Dict[str, Any],
+        checkpoint: Path,
+) -> Dict[str, Any]:
+    """Preprocessing that a checkpoint was validated with: flags over the training run's arguments.
+
+    Raises:
+        CommandError: If neither tells.
+    """
+    if run_args is None and not {'input_size', 'interpolation', 'crop_pct', 'mean', 'std'} <= flags.keys():
+        raise CommandError(
+            f'The preprocessing of {checkpoint} is not known. Put the args.yaml of its training run beside it, name it '
+            'by --args, or give all of --img-size, --interpolation, --crop-pct, --mean and --std.'
+        )
+    in_chans = model.conv1.in_channels if isinstance(model.conv1, torch.nn.Conv2d) else model.conv1[0].in_channels
+    # as train.py and validate.py resolve it
+    resolved = resolve_data_config({**(run_args or {}), 'in_chans': None, 'chans': None, **flags}, model=model)
+    return {
+        **{k: resolved[k] for k in PREPROCESSING if k in resolved},
+        'input_size': (in_chans, *resolved['input_size'][1:]),
+    }
+
+
+def read_results(path: Path) -> List[Dict[str, Any]]:
+    """Accuracies of a results file of timm's validate.py, one dict of img_size, top1, top5 a row.
+
+    Raises:
+        CommandError: If it is none.
+    """
+    try:
+        with open(path, newline='') as f:
+            rows = list(csv.DictReader(f))
+        return [dict(img_size=int(r['img_size']), top1=float(r['top1']), top5=float(r['top5'])) for r in rows]
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise CommandError(
+            f'{path} is no results file of validate.py (CSV with img_size, top1, top5): {type(e).__name__} {e}') from e
+
+
+def export(
+        name: str,
+        repo_id: str,
+        folder: Path,
+        checkpoint: Optional[Path] = None,
+        use_ema: bool = False,
+        run_args: Optional[Path] = None,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+        preprocessing: Optional[Dict[str, Any]] = None,
+        labels: Optional[Path] = None,
+        metrics: Optional[Path] = None,
+        license: str = 'apache-2.0',
+) -> None:
+    """Write what `push` uploads: model.safetensors, config.json and README.md (the card).
+
+    Args:
+        name: Registered model name, with or without tag.
+        repo_id: Repository the card is for, USER/NAME.
+        folder: Folder to write.
+        checkpoint: Trained weights. Without, the weights of the tag.
+        use_ema: Take the checkpoint's EMA weights.
+        run_args: args.yaml of the training run, by default the one beside the checkpoint.
+        model_kwargs: Model arguments over those of run_args.
+        preprocessing: input_size, interpolation, crop_pct, mean, std over those of run_args.
+        labels: Text file of class names, one a line.
+        metrics: Results file of timm's validate.py.
+        license: License of trained weights.
+
+    Raises:
+        CommandError: If an input is missing, damaged or does not fit the others.
+    """
+    arch = check_model(name)
+    label_names = None
+    if checkpoint is None:
+        model = create_model(name, pretrained=True)
+        kwargs, cfg = {}, None
+    else:
+        yaml_path = run_args or checkpoint.with_name('args.yaml')
+        arguments = None
+        if run_args or yaml_path.is_file():
+            try:
+                arguments = yaml.safe_load(yaml_path.read_text())
+                trained_as = get_arch_name(str(arguments['model']))
+            except (OSError, TypeError, KeyError, yaml.YAMLError) as e:
+                raise CommandError(f'{yaml_path} is no args.yaml of train.py: {type(e).__name__}') from e
+            if trained_as != arch:
+                raise CommandError(f'{yaml_path} is of a training of {trained_as}, not of {arch}.')
+            model_kwargs = {**(arguments.get('model_kwargs') or {}), **(model_kwargs or {})}
+        model, kwargs = load_trained(arch, checkpoint, use_ema, model_kwargs)
+        cfg = training_preprocessing(model, arguments, preprocessing or {}, checkpoint)
+        cfg['license'] = license
+    if labels is not None:
+        try:
+            label_names = labels.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise CommandError(f'Can not read the labels {labels}: {e}') from e
+        if len(label_names) != model.num_classes:
+            raise CommandError(f'{labels} names {len(label_names)} classes, the network has {model.num_classes}.')
+    results = read_results(metrics) if metrics else None
+    save_folder(model, folder, kwargs, cfg, label_names)
+    card_cfg = dict(cfg, test_input_size=None, num_classes=model.num_classes) if cfg else None
+    card = model_card(
+        name, f'hf-hub:{repo_id}', kwargs, card_cfg, results=results, trained=checkpoint is not None, license=license)
+    card.save(folder / 'README.md')
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises:
+        CommandError: If repo_id is not of the form USER/NAME.
+    """
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count('/') != 1:
+            raise HFValidationError('expected USER/NAME')
+    except HFValidationError as e:
+        raise CommandError(f'{repo_id!r} is no repository id: {str(e).splitlines()[0]}') from e
+
+
+def upload(folder: Path, repo_id: str, private: bool = False, force: bool = False) -> str:
+    """Upload an exported folder, creating the repository if there is none. Without a change there is no commit.
+
+    Args:
+        folder: What `export` wrote.
+        repo_id: USER/NAME.
+        private: Create the repository private.
+        force: Replace a network of another architecture.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        CommandError: If there is no token, the Hub refuses, or the repository holds another architecture.
+    """
+    if get_token() is None:
+        raise CommandError('There is no Hugging Face token. Run `hf auth login` or set HF_TOKEN.')
+    api = HfApi(library_name='timm_sepool')
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        try:
+            theirs = json.loads(Path(hf_hub_download(repo_id, 'config.json')).read_text()).get('architecture')
+        except EntryNotFoundError:
+            theirs = None
+        ours = json.loads((folder / 'config.json').read_text())['architecture']
+        if theirs not in (None, ours) and not force:
+            raise CommandError(f'{repo_id} holds a {theirs}, not a {ours}. Choose another repository or use --force.')
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Add {ours}'))
+    except (HfHubHTTPError, OSError) as e:
+        raise CommandError(f'The Hub refused {repo_id}: {str(e).strip().splitlines()[0]}') from e
