@@ -1,10 +1,29 @@
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers shared by the tests
+
+from hub_server import TOKEN, HubServer  # noqa: E402
+
+# huggingface_hub reads these when it is imported: no test, and no process of one, reaches the real Hub or its cache
+HUB = HubServer()
+HUB.start()
+HUB_HOME = tempfile.TemporaryDirectory()
+os.environ.update(HF_ENDPOINT=HUB.endpoint, HF_HOME=HUB_HOME.name, HF_TOKEN=TOKEN, HF_HUB_DISABLE_TELEMETRY='1')
+os.environ.pop('HF_HUB_CACHE', None)
+
+import torch  # noqa: E402
+
+
+@pytest.fixture
+def hub() -> HubServer:
+    """The local Hub, without the faults of other tests."""
+    HUB.faults.clear()
+    return HUB
 
 
 @pytest.fixture(autouse=True)

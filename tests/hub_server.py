@@ -32,6 +32,8 @@ _API = re.compile(
     r'/api/(model|dataset|space)s/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info|preupload|commit)/([^/]+)(?:/(.+))?)?'
 )
 
+_POSTED = ('paths-info', 'preupload', 'commit')
+
 
 class HubError(Exception):
     """An answer other than success."""
@@ -41,7 +43,9 @@ class HubError(Exception):
             code, message = _ERRORS.get(status, (code, responses.get(status, 'Error')))
         super().__init__(message)
         self.status = status
-        self.headers = {'X-Error-Code': code, 'X-Error-Message': message, **(headers or {})}
+        self.headers = {'X-Error-Message': message, **(headers or {})}
+        if code:
+            self.headers['X-Error-Code'] = code
         if status == 429 or status >= 500:
             self.headers['Retry-After'] = '0'  # the client's five retries then take a second each
 
@@ -161,25 +165,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.logged_in = token == f'Bearer {TOKEN}'
         if token and not self.logged_in:
             raise HubError(401, message='Invalid credentials in Authorization header')
-        posted = self.command == 'POST'
-        if not posted and (match := _RESOLVE.fullmatch(path)):
+        if match := _RESOLVE.fullmatch(path):
             self.resolve(*(unquote(part or 'model') for part in match.groups()))
-        elif path == '/api/whoami-v2' and not posted:
+        elif (self.command, path) == ('GET', '/api/whoami-v2'):
             self.whoami()
-        elif path == '/api/repos/create' and posted:
+        elif (self.command, path) == ('POST', '/api/repos/create'):
             self.create(json.loads(self.body))
-        elif path == '/api/validate-yaml' and posted:
+        elif (self.command, path) == ('POST', '/api/validate-yaml'):
             self.validate_yaml(json.loads(self.body)['content'])
-        elif match := _API.fullmatch(path):
+        elif (match := _API.fullmatch(path)) and (self.command == 'POST') == (match[3] in _POSTED):
             repo_type, repo_id, verb, revision, folder = (unquote(part or '') for part in match.groups())
             repo = self.repo(repo_type, repo_id, write=verb in ('preupload', 'commit'))
             sha, files = repo.at(revision or 'main')
-            if verb == 'preupload' and posted:
+            if verb == 'preupload':
                 self.preupload(files)
-            elif verb == 'commit' and posted:
+            elif verb == 'commit':
                 self.commit(repo, self.repo_url(repo_type, repo_id))
-            elif verb == 'paths-info' and posted:
-                paths = parse_qs(self.body.decode())['paths']
+            elif verb == 'paths-info':
+                paths = parse_qs(self.body.decode()).get('paths', [])
                 self.send(200, [entry for entry in entries(files) if entry['path'] in paths])
             elif verb == 'tree':
                 self.tree(files, f'{folder}/' if folder else '')
@@ -193,9 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
             status: int,
             body: Any,
             headers: Optional[Dict[str, str]] = None,
-            limit: Optional[int] = None,
+            sent: Optional[int] = None,
     ) -> None:
-        """Answer with bytes or with JSON, of which no more than `limit` bytes are really sent."""
+        """Answer with bytes or with JSON. With `sent`, hang up after that many of the announced bytes."""
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         # a connection that the client keeps would outlive `stop`
@@ -203,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(*item)
         self.end_headers()
         if self.command != 'HEAD':
-            self.wfile.write(body[:limit])
+            self.wfile.write(body[:sent])
 
     def repo(self, repo_type: str, repo_id: str, file: str = '', write: bool = False) -> Repo:
         """The repository, if it has no fault and the token may do this. To strangers, a private one is missing."""
@@ -245,20 +248,19 @@ class _Handler(BaseHTTPRequestHandler):
                 raise HubError(416, headers={'Content-Range': f'bytes */{len(data)}'})
             status, headers['Content-Range'] = 206, f'bytes {start}-{stop - 1}/{len(data)}'
 
-        limit = None
+        sent = None
         if self.command == 'GET' and self.fault in ('cut', 'cut-once'):
             if self.fault == 'cut' or (repo_id, file) not in self.hub.was_cut:
-                limit = max(0, len(data) // 2 - start)
+                sent = max(0, len(data) // 2 - start)
             self.hub.was_cut.add((repo_id, file))
-        self.send(status, data[start:stop], headers, limit)
+        self.send(status, data[start:stop], headers, sent)
 
     def info(self, repo: Repo, sha: str, files: Dict[str, bytes]) -> None:
-        siblings = [{'rfilename': name} for name in sorted(files)]
-        if 'blobs' in self.query:
-            for sibling in siblings:
-                data = files[sibling['rfilename']]
-                sibling.update(size=len(data), blobId=git_oid(data))
-        card, _ = parse_card(files.get('README.md', b'').decode())
+        siblings = [
+            {'rfilename': name, **({'size': len(data), 'blobId': git_oid(data)} if 'blobs' in self.query else {})}
+            for name, data in sorted(files.items())
+        ]
+        card = parse_card(files.get('README.md', b'').decode(errors='replace'))
         self.send(200, {
             **{key: card[key] for key in ('library_name', 'pipeline_tag') if key in card},
             'id': repo.repo_id,
@@ -283,15 +285,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def preupload(self, files: Dict[str, bytes]) -> None:
         """How to upload each file, with the oid of the present one for the client to leave out the unchanged."""
-        answer = [
-            {
-                'path': file['path'],
-                'uploadMode': 'regular',
-                'shouldIgnore': False,
-                'oid': git_oid(files[file['path']]) if file['path'] in files else None,
-            }
-            for file in json.loads(self.body)['files']
-        ]
+        names = [file['path'] for file in json.loads(self.body)['files']]
+        oids = {name: git_oid(files[name]) for name in names if name in files}
+        answer = [dict(path=name, uploadMode='regular', shouldIgnore=False, oid=oids.get(name)) for name in names]
         self.send(200, {'files': answer})
 
     def commit(self, repo: Repo, url: str) -> None:
@@ -339,13 +335,14 @@ class _Handler(BaseHTTPRequestHandler):
         return f'{self.hub.endpoint}/{"" if repo_type == "model" else f"{repo_type}s/"}{repo_id}'
 
     def validate_yaml(self, content: str) -> None:
-        """Only what needs no YAML parser: the shape of the header and a license of the Hub's list, or its usual part"""
-        card, errors = parse_card(content)
-        if card.get('license', 'unknown') not in _LICENSES:
-            errors.append(f'"license" must be one of [{", ".join(_LICENSES)}]')
-        warnings = [] if card or errors else ['empty or missing yaml metadata in repo card']
-        answer = {'errors': [{'message': m} for m in errors], 'warnings': [{'message': m} for m in warnings]}
-        self.send(400 if errors else 200, answer)
+        """Refuse unusual licenses and warn where nothing is said, which needs no YAML parser."""
+        card = parse_card(content)
+        errors = warnings = []
+        if not card:
+            warnings = [{'message': 'empty or missing yaml metadata in repo card'}]
+        elif card.get('license', 'unknown') not in _LICENSES:
+            errors = [{'message': f'"license" must be one of [{", ".join(_LICENSES)}]'}]
+        self.send(400 if errors else 200, {'errors': errors, 'warnings': warnings})
 
     def whoami(self) -> None:
         if not self.logged_in:
@@ -367,22 +364,11 @@ def entries(files: Dict[str, bytes]) -> List[Dict[str, Any]]:
     return sorted(found, key=lambda entry: entry['path'])
 
 
-def parse_card(text: str) -> Tuple[Dict[str, Any], List[str]]:
-    """The strings and lists of strings in a model card's YAML header, and what is wrong in it."""
-    text = text.replace('\r\n', '\n')
-    header, end, _ = text[4:].partition('\n---\n')
-    if not text.startswith('---\n'):
-        return {}, []
-    if not end:
-        return {}, ['the YAML header does not end']
-    card, errors, key = {}, [], ''
-    for line in header.splitlines():
-        if match := re.fullmatch(r'([\w-]+):(?: +(.*))?', line):
-            key = match[1]
-            card[key] = (match[2] or '').strip(' \'"') or []
-        elif line.lstrip().startswith('- ') and isinstance(card.get(key), list):
-            card[key].append(line.lstrip(' -').strip(' \'"'))
-        elif line.strip() and not line.startswith((' ', '#')):
-            errors.append(f'can not read {line!r}')
+def parse_card(text: str) -> Dict[str, Any]:
+    """The strings and lists of strings in a model card's YAML header."""
+    header = re.match(r'---\n(.*?)^---$', text.replace('\r\n', '\n'), re.DOTALL | re.MULTILINE)
+    card = {}
+    for key, value, items in re.findall(r'^([\w-]+):(.*)\n((?: *- .*\n)*)', header[1] if header else '', re.MULTILINE):
+        card[key] = re.findall(r'^ *- (.*)', items, re.MULTILINE) or value.strip(' \'"')
     card.pop('model-index', None)  # nested
-    return card, errors
+    return card

@@ -147,10 +147,10 @@ def test_convert_bad_input(tmp_path, capsys, monkeypatch) -> None:
     convert_fails(text, 'text.pth is damaged')
     convert_fails(other, 'holds no state dict')
     convert_fails(tmp_path / 'cut.safetensors', 'is damaged or no checkpoint')
-    convert_fails(tmp_path / 'resnet18.pth', 'not one of rgse_resnet50')
-    convert_fails(tmp_path / 'broken.pth', '1 of another shape (layer2.0.se.weight)')
-    convert_fails(tmp_path / 'nobias.pth', 'missing (layer2.0.se.weight)')
-    convert_fails(good, 'not one of spse_resnet50', out, 'spse_resnet50')
+    convert_fails(tmp_path / 'resnet18.pth', 'holds no rgse_resnet50 weights but those of a network without its')
+    convert_fails(tmp_path / 'broken.pth', '1 tensors of another shape (layer2.0.se.weight)')
+    convert_fails(tmp_path / 'nobias.pth', '1 tensors missing (layer2.0.se.weight)')
+    convert_fails(good, 'is not one for spse_resnet50', out, 'spse_resnet50')
     convert_fails(good, 'holds no EMA weights', out, 'rgse_resnet50', '--use-ema')
     convert_fails(good, 'exists and is left as it is', existing)
     convert_fails(good, 'is no writable folder', tmp_path / 'no' / 'folder' / 'out.safetensors')
@@ -159,7 +159,7 @@ def test_convert_bad_input(tmp_path, capsys, monkeypatch) -> None:
     def interrupt(*args, **kwargs) -> None:
         Path(args[1]).write_text('half')
         raise KeyboardInterrupt
-    monkeypatch.setattr('safetensors.torch.save_file', interrupt)
+    monkeypatch.setattr('timm_sepool.hub.save_file', interrupt)
     assert main(['convert', str(good), str(out), '--model', 'rgse_resnet50', *TINY_ARGS]) == 130
     assert files(tmp_path) == before
     with pytest.raises(SystemExit, match='2'):

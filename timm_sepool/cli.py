@@ -136,9 +136,8 @@ def cmd_push(args: argparse.Namespace) -> None:
 
     check_model(args.model)
     check_repo_id(args.repo_id)
-    preprocessing = {k: getattr(args, k) for k in ('interpolation', 'crop_pct', 'mean', 'std') if getattr(args, k)}
-    if args.img_size:
-        preprocessing['input_size'] = (3, args.img_size, args.img_size)
+    flags = ('img_size', 'interpolation', 'crop_pct', 'mean', 'std')
+    preprocessing = {k: getattr(args, k) for k in flags if getattr(args, k)}
     if preprocessing and not args.checkpoint:
         raise CommandError('Preprocessing flags go with --checkpoint, the weights of a tag have their own.')
     export_args = dict(

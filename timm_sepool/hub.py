@@ -47,8 +47,8 @@ def check_model(name: str) -> str:
     """
     arch = get_arch_name(name)
     models = list_models(module='sepool_resnet')
-    if arch not in models or (arch != name and get_pretrained_cfg(name, allow_unregistered=True) is None):
-        tags = list_models(f'{arch}.*', module='sepool_resnet', include_tags=True)
+    tags = list_models(f'{arch}.*', module='sepool_resnet', include_tags=True)
+    if name not in models + tags:
         raise CommandError(f'Unknown model {name!r}. Choose one of: {", ".join(tags or models)}.')
     return arch
 
@@ -116,11 +116,15 @@ def model_card(
         arch, tuple(cfg['input_size']), num_classes=cfg['num_classes'],
         **{k: v for k, v in (model_args or {}).items() if k not in ('num_classes', 'in_chans')})
 
-    source = f"[timm's results-imagenet.csv]({RESULTS_URL})"
-    rows = [dict(r, of='these weights', source='measured with validate.py by their author') for r in results or ()]
+    repo_url = f'https://huggingface.co/{model_id.removeprefix("hf-hub:")}'
+    rows = [
+        dict(r, of='these weights', source_name='validate.py of timm, run by the author', source_url=repo_url)
+        for r in results or ()]
     if donor:
         rows += [
-            dict(img_size=size, top1=top1, top5=top5, of=f'the donor, {donor}', source=source)
+            dict(
+                img_size=size, top1=top1, top5=top5, of=f'the donor, {donor}',
+                source_name="timm's results-imagenet.csv", source_url=RESULTS_URL)
             for size, top1, top5 in DONOR_RESULTS.get(donor, ())]
     eval_results = [
         EvalResult(
@@ -130,8 +134,8 @@ def model_card(
             metric_type='accuracy',
             metric_name=f'top-{k} accuracy (%) of {row["of"]}, {row["img_size"]} px',
             metric_value=row[f'top{k}'],
-            source_name=row['source'] if trained or row['of'] == 'these weights' else "timm's results-imagenet.csv",
-            source_url=None if row['of'] == 'these weights' else RESULTS_URL,
+            source_name=row['source_name'],
+            source_url=row['source_url'],
         )
         for row in rows for k in (1, 5)]
     data = ModelCardData(
@@ -262,18 +266,18 @@ def training_preprocessing(
     Raises:
         CommandError: If neither tells.
     """
-    if run_args is None and not {'input_size', 'interpolation', 'crop_pct', 'mean', 'std'} <= flags.keys():
+    if run_args is None and not {'img_size', 'interpolation', 'crop_pct', 'mean', 'std'} <= flags.keys():
         raise CommandError(
             f'The preprocessing of {checkpoint} is not known. Put the args.yaml of its training run beside it, name it '
             'by --args, or give all of --img-size, --interpolation, --crop-pct, --mean and --std.'
         )
     in_chans = model.conv1.in_channels if isinstance(model.conv1, torch.nn.Conv2d) else model.conv1[0].in_channels
     # as train.py and validate.py resolve it
-    resolved = resolve_data_config({**(run_args or {}), 'in_chans': None, 'chans': None, **flags}, model=model)
-    return {
-        **{k: resolved[k] for k in PREPROCESSING if k in resolved},
-        'input_size': (in_chans, *resolved['input_size'][1:]),
-    }
+    args = {**(run_args or {}), 'in_chans': in_chans, 'chans': None, **flags}
+    if flags.get('img_size'):
+        args['input_size'] = None
+    resolved = resolve_data_config(args, model=model)
+    return {k: resolved[k] for k in PREPROCESSING if k in resolved}
 
 
 def read_results(path: Path) -> List[Dict[str, Any]]:
@@ -314,7 +318,7 @@ def export(
         use_ema: Take the checkpoint's EMA weights.
         run_args: args.yaml of the training run, by default the one beside the checkpoint.
         model_kwargs: Model arguments over those of run_args.
-        preprocessing: input_size, interpolation, crop_pct, mean, std over those of run_args.
+        preprocessing: img_size, interpolation, crop_pct, mean, std over those of run_args.
         labels: Text file of class names, one a line.
         metrics: Results file of timm's validate.py.
         license: License of trained weights.

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Tuple
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -210,6 +211,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return state_dict
 
 
+# The base is that of the HTTP library in use, which differs between versions of the Hub client and whose errors while
+# transferring are not OSErrors.
+_LOADING_ERRORS = (OSError, SafetensorError, HfHubHTTPError.__bases__[0])
+
+
 def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> SEPoolResNet:
     norm_layer = get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
     if variant.startswith('rgse'):
@@ -222,7 +228,7 @@ def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> S
             SEPoolResNet, variant, pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             **dict(model_args, **kwargs))
-    except (OSError, ValueError, SafetensorError) as e:  # the Hub client's errors are OSErrors
+    except _LOADING_ERRORS as e:
         if not pretrained:
             raise
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
