@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Dict, Tuple
 
 import numpy as np
+import safetensors.torch
 import torch
+from hub_server import HubServer
 from torch import nn
 
 from timm import create_model
@@ -72,3 +74,22 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, Dict
     loss = nn.functional.cross_entropy(model(x), torch.arange(len(x)) % 10)
     params = dict(model.named_parameters())
     return loss.detach(), dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
+
+
+def realistic(model: nn.Module) -> nn.Module:
+    """Norms as after training: no statistic and no affine parameter at its initial value."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.1, 0.3) if name.endswith('bn3') else module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.1)
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                module.num_batches_tracked.fill_(1000)
+    return model
+
+
+def serve_donor(hub: HubServer, name: str, **kwargs) -> None:
+    """A donor of this name with random weights, as the real repositories have it: safetensors and config."""
+    model = realistic(create_model(name.split('.')[0], **kwargs))
+    hub.add(f'timm/{name}', {'model.safetensors': safetensors.torch.save(model.state_dict())})

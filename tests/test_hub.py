@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from common import NAMES, TINY, images, tiny
+from common import NAMES, TINY, images, serve_donor, tiny
 from hub_server import HubServer
 from PIL import Image
 from torch import nn
@@ -33,25 +33,6 @@ DONORS = {
     'resnext50': 'resnext50_32x4d.a1h_in1k',
     'resnext101': 'resnext101_32x4d.gluon_in1k',
 }
-
-
-def realistic(model: nn.Module) -> nn.Module:
-    """Norms as after training: no statistic and no affine parameter at its initial value."""
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.1, 0.3) if name.endswith('bn3') else module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(std=0.1)
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.5, 1.5)
-                module.num_batches_tracked.fill_(1000)
-    return model
-
-
-def serve_donor(hub: HubServer, name: str, **kwargs) -> None:
-    """A donor of this name with random weights, as the real repositories have it: safetensors and config."""
-    model = realistic(timm.create_model(name.split('.')[0], **kwargs))
-    hub.add(f'timm/{name}', {'model.safetensors': safetensors.torch.save(model.state_dict())})
 
 
 @pytest.fixture
@@ -220,6 +201,13 @@ def test_cut_download_is_resumed(hub: HubServer, small_donor: partial) -> None:
     hub.faults['timm/resnet50.a1_in1k'] = 'cut-once'
     donor = safetensors.torch.load(hub.repos['model', 'timm/resnet50.a1_in1k']['model.safetensors'])
     assert torch.equal(small_donor().conv1.weight, donor['conv1.weight'])
+
+
+def test_plain_checkpoint_path(small_donor: partial, tmp_path) -> None:
+    """checkpoint_path loads strictly, without conversion: a plain ResNet is refused, not loaded in part."""
+    torch.save(timm.create_model('resnet50', **TINY).state_dict(), tmp_path / 'plain.pth')
+    with pytest.raises(RuntimeError, match='Missing key'):
+        timm.create_model('rgse_resnet50', checkpoint_path=str(tmp_path / 'plain.pth'), **TINY)
 
 
 def test_missing_file(small_donor: partial) -> None:

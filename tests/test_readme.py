@@ -2,11 +2,12 @@
 import re
 from pathlib import Path
 
-import pytest
-from common import NAMES
+from common import NAMES, serve_donor
+from hub_server import HubServer
 
 import timm
 from timm_sepool.cli import model_table
+from timm_sepool.hub import DONOR_RESULTS
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 
@@ -21,10 +22,20 @@ def test_model_table() -> None:
         assert line in README
 
 
-@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', README, re.DOTALL), ids=lambda b: b.split('\n')[0])
-def test_python_blocks_run(block: str) -> None:
+def test_python_blocks_run(hub: HubServer) -> None:
+    serve_donor(hub, 'resnext101_32x4d.gluon_in1k')
+    pretrained, use = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    exec(pretrained, {})
     namespace = {}
-    exec(block, namespace)
-    if 'features' in namespace:
-        assert [f.shape[-1] for f in namespace['features'](namespace['x'])] == [120, 60, 30, 15]
-        assert set(timm.list_models(['rgse_*', 'spse_*'])) == set(NAMES)
+    exec(use, namespace)
+    assert [f.shape[-1] for f in namespace['features'](namespace['x'])] == [120, 60, 30, 15]
+    assert set(timm.list_models(['rgse_*', 'spse_*'])) == set(NAMES)
+
+
+def test_donor_table() -> None:
+    for donor, results in DONOR_RESULTS.items():
+        backbone = donor.removeprefix('timm/').split('.')[0].removesuffix('_32x4d')
+        figures = ' / '.join(f'{top1:.2f}' for _, top1, _ in results) + (' / -' if len(results) == 1 else '')
+        tag = f'from_{donor.removeprefix("timm/").replace(".", "_")}'
+        assert f'| `*_{backbone}` | `{tag}` | {figures} |' in README
+        assert timm.get_pretrained_cfg(f'rgse_{backbone}').tag == tag

@@ -10,7 +10,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from common import NAMES, TINY
+from common import NAMES, TINY, serve_donor
+from hub_server import HubServer
 
 import timm
 
@@ -48,10 +49,13 @@ def upstream(tmp_path_factory) -> Path:
     return tests
 
 
-def test_models(upstream: Path) -> None:
+def test_models(hub: HubServer, upstream: Path) -> None:
     full = bool(os.environ.get('UPSTREAM_FULL'))
     names = NAMES if full else ['rgse_resnet50', 'spse_resnext50']
     plugin = [] if full else ['-p', 'tiny_plugin']
+    for tag in timm.list_pretrained([f'{name}.*' for name in names]):
+        # its tests of pretrained weights find random ones
+        serve_donor(hub, timm.get_pretrained_cfg(tag).hf_hub_id.removeprefix('timm/'), **({} if full else TINY))
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', 'test_models.py', '-rA', '-W', 'ignore', '-k', ' or '.join(names), *plugin],
         cwd=upstream, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(upstream)})
