@@ -23,7 +23,7 @@ from torch import nn
 import timm
 from timm_sepool import checkpoint_filter_fn
 from timm_sepool.cli import main
-from timm_sepool.squeeze import SEPoolModule
+from timm_sepool.squeeze import SEPoolModule, SPSEModule
 
 CARDS = Path(__file__).parents[1] / 'hf_cards'
 DONORS = {
@@ -139,6 +139,19 @@ def test_what_timm_does_with_pretrained_weights(hub: HubServer, small_donor: par
     requests = len(hub.requests)
     assert torch.equal(small_donor().conv1.weight, donor['conv1.weight'])  # from the cache
     assert len(hub.requests) == requests
+
+
+def test_donor_with_other_blocks(hub: HubServer, small_donor: partial) -> None:
+    """Exact without a squeeze and with another gate of 1/2 at 0, an error where no exact start is known."""
+    donor = timm.create_model('resnet50', **TINY).eval()
+    donor.load_state_dict(
+        safetensors.torch.load(hub.repos['model', 'timm/resnet50.a1_in1k']['model.safetensors']))
+    x = images(2, 64, 64)
+    for attn_layer in (None, partial(SPSEModule, gate_layer='hard_sigmoid')):
+        assert torch.equal(small_donor(block_args=dict(attn_layer=attn_layer)).eval()(x), donor(x))
+    for attn_layer in ('eca', partial(SPSEModule, gate_layer='relu')):
+        with pytest.raises(RuntimeError, match='is not one for rgse_resnet50: .* missing .layer1.0.se'):
+            small_donor(block_args=dict(attn_layer=attn_layer))
 
 
 def test_native_checkpoint_is_never_converted(small_donor: partial, tmp_path) -> None:

@@ -24,7 +24,8 @@ if not os.environ.get('TIMM_SCRIPTS'):
 
 import numpy as np
 import torch
-from common import TINY
+from common import TINY, realistic
+from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -66,7 +67,7 @@ def _try(folder: Path, *args) -> subprocess.CompletedProcess:
         [sys.executable, *(str(a) for a in args)],
         cwd=folder,
         # the networks are too small for several threads, which stall each other on a busy machine
-        env={**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
         timeout=900,
@@ -189,6 +190,34 @@ def test_train_options(model: str, img_size: int, folder: Path):
     assert checkpoint['state_dict']['layer1.0.conv2.weight'].is_contiguous(memory_format=torch.channels_last)
     assert all(v.isfinite().all() for v in checkpoint['state_dict'].values())
     _load(model, output / 'last.pth.tar')
+
+
+def test_after_training(hub: HubServer, folder: Path, trained: Path):
+    """README's five commands: train from a plain ResNet on disk, average, validate, push, use."""
+    donor = realistic(timm.create_model('resnet50', num_classes=_CLASSES, **TINY))
+    torch.save(donor.state_dict(), folder / 'plain.pth')
+    train = [
+        'train.py', *_DATA, '--model', 'rgse_resnet50', *_MODEL, '--img-size', 64, '--epochs', 1, '--output', 'output',
+        '--experiment', 'mine']
+    # strict and without conversion
+    assert _try(folder, *train, '--initial-checkpoint', 'plain.pth').returncode != 0
+    _run(folder, *train, '--pretrained', '--pretrained-path', 'plain.pth', '--lr', 1e-9, '--warmup-epochs', 0)
+    run = folder / 'output' / 'mine'
+    weights = torch.load(run / 'last.pth.tar', weights_only=False)['state_dict']
+    torch.testing.assert_close(weights['layer1.0.bn3.weight'], 2 * donor.layer1[0].bn3.weight.detach())
+
+    averaged = run / 'averaged.pth'
+    _run(folder, 'avg_checkpoints.py', '--input', run, '--filter', 'checkpoint-*.pth.tar', '--output', averaged)
+    validated = _validate(folder, averaged, '--use-train-size', '--results-file', 'results.csv')
+    hub.repos.pop(('model', 'user/mine'), None)
+    _run(
+        folder, '-m', 'timm_sepool', 'push', 'rgse_resnet50', '--repo-id', 'user/mine',
+        '--checkpoint', averaged, '--metrics', 'results.csv')
+    assert f'value: {validated["top1"]}' in hub.repos['model', 'user/mine']['README.md'].decode()
+    use = ['validate.py', *_DATA, '--device', 'cpu', '--model', 'hf-hub:user/mine', '--pretrained']
+    used = _result(_run(folder, *use))
+    for key in ('top1', 'img_size', 'crop_pct', 'interpolation'):
+        assert used[key] == validated[key]
 
 
 def test_train_inductor(folder: Path):

@@ -146,11 +146,18 @@ def _convert_donor(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
     """Carry a plain ResNet over, bit-exactly: every gate is sigmoid(0) = 1 / 2 and doubled norms undo it.
 
     The squeeze and fc1 keep the model's initialization. fc2 learns from the first step on, they from the second.
+    Blocks without a squeeze stay as they are. For other attention or another gate there is no such start, their keys
+    are left missing.
     """
-    out = {k: 2 * v if re.search(r'\.bn3\.(weight|bias)$', k) else v for k, v in state_dict.items()}
-    for k, v in model.state_dict().items():
-        if '.se.' in k:
-            out[k] = torch.zeros_like(v) if '.se.fc2.' in k else v
+    out = dict(state_dict)
+    for name, module in model.named_modules():
+        if isinstance(module, squeeze.SEPoolModule) and module.gate(torch.zeros(1, device='cpu')).item() == 0.5:
+            for k in ('weight', 'bias'):
+                bn3 = f'{name.rpartition(".")[0]}.bn3.{k}'
+                if bn3 in out:
+                    out[bn3] = 2 * out[bn3]
+            for k, v in module.state_dict().items():
+                out[f'{name}.{k}'] = torch.zeros_like(v) if k.startswith('fc2.') else v
     return out
 
 
@@ -283,7 +290,7 @@ default_cfgs = generate_default_cfgs(_donor_cfgs())
 
 @register_model
 def rgse_resnet50(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an RGSE-ResNet-50 model.
+    """Constructs an RGSE-ResNet-50 model. Pretrained weights compute what a plain ResNet-50 computes.
     """
     model_args = dict(layers=(3, 4, 6, 3))
     return _create_sepool_resnet('rgse_resnet50', pretrained, **dict(model_args, **kwargs))
@@ -291,7 +298,7 @@ def rgse_resnet50(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def rgse_resnet101(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an RGSE-ResNet-101 model.
+    """Constructs an RGSE-ResNet-101 model. Pretrained weights compute what a plain ResNet-101 computes.
     """
     model_args = dict(layers=(3, 4, 23, 3))
     return _create_sepool_resnet('rgse_resnet101', pretrained, **dict(model_args, **kwargs))
@@ -299,7 +306,7 @@ def rgse_resnet101(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def rgse_resnet152(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an RGSE-ResNet-152 model.
+    """Constructs an RGSE-ResNet-152 model. Pretrained weights compute what a plain ResNet-152 computes.
     """
     model_args = dict(layers=(3, 8, 36, 3))
     return _create_sepool_resnet('rgse_resnet152', pretrained, **dict(model_args, **kwargs))
@@ -307,7 +314,7 @@ def rgse_resnet152(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def rgse_resnext50(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an RGSE-ResNeXt-50 32x4d model.
+    """Constructs an RGSE-ResNeXt-50 32x4d model. Pretrained weights compute what a plain ResNeXt-50 computes.
     """
     model_args = dict(layers=(3, 4, 6, 3), cardinality=32, base_width=4)
     return _create_sepool_resnet('rgse_resnext50', pretrained, **dict(model_args, **kwargs))
@@ -315,7 +322,7 @@ def rgse_resnext50(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def rgse_resnext101(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an RGSE-ResNeXt-101 32x4d model.
+    """Constructs an RGSE-ResNeXt-101 32x4d model. Pretrained weights compute what a plain ResNeXt-101 computes.
     """
     model_args = dict(layers=(3, 4, 23, 3), cardinality=32, base_width=4)
     return _create_sepool_resnet('rgse_resnext101', pretrained, **dict(model_args, **kwargs))
@@ -323,7 +330,7 @@ def rgse_resnext101(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def spse_resnet50(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an SPSE-ResNet-50 model.
+    """Constructs an SPSE-ResNet-50 model. Pretrained weights compute what a plain ResNet-50 computes.
     """
     model_args = dict(layers=(3, 4, 6, 3))
     return _create_sepool_resnet('spse_resnet50', pretrained, **dict(model_args, **kwargs))
@@ -331,7 +338,7 @@ def spse_resnet50(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def spse_resnet101(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an SPSE-ResNet-101 model.
+    """Constructs an SPSE-ResNet-101 model. Pretrained weights compute what a plain ResNet-101 computes.
     """
     model_args = dict(layers=(3, 4, 23, 3))
     return _create_sepool_resnet('spse_resnet101', pretrained, **dict(model_args, **kwargs))
@@ -339,7 +346,7 @@ def spse_resnet101(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def spse_resnet152(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an SPSE-ResNet-152 model.
+    """Constructs an SPSE-ResNet-152 model. Pretrained weights compute what a plain ResNet-152 computes.
     """
     model_args = dict(layers=(3, 8, 36, 3))
     return _create_sepool_resnet('spse_resnet152', pretrained, **dict(model_args, **kwargs))
@@ -347,7 +354,7 @@ def spse_resnet152(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def spse_resnext50(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an SPSE-ResNeXt-50 32x4d model.
+    """Constructs an SPSE-ResNeXt-50 32x4d model. Pretrained weights compute what a plain ResNeXt-50 computes.
     """
     model_args = dict(layers=(3, 4, 6, 3), cardinality=32, base_width=4)
     return _create_sepool_resnet('spse_resnext50', pretrained, **dict(model_args, **kwargs))
@@ -355,7 +362,7 @@ def spse_resnext50(pretrained: bool = False, **kwargs) -> SEPoolResNet:
 
 @register_model
 def spse_resnext101(pretrained: bool = False, **kwargs) -> SEPoolResNet:
-    """Constructs an SPSE-ResNeXt-101 32x4d model.
+    """Constructs an SPSE-ResNeXt-101 32x4d model. Pretrained weights compute what a plain ResNeXt-101 computes.
     """
     model_args = dict(layers=(3, 4, 23, 3), cardinality=32, base_width=4)
     return _create_sepool_resnet('spse_resnext101', pretrained, **dict(model_args, **kwargs))
