@@ -118,19 +118,22 @@ def model_card(
 
     repo_url = f'https://huggingface.co/{model_id.removeprefix("hf-hub:")}'
     rows = [
-        dict(r, of='these weights', source_name='validate.py of timm, run by the author', source_url=repo_url)
+        dict(
+            r, of='these weights', dataset='imagefolder', dataset_name='the data set that they were validated on',
+            source_name='validate.py of timm, run by the author', source_url=repo_url)
         for r in results or ()]
     if donor:
         rows += [
             dict(
-                img_size=size, top1=top1, top5=top5, of=f'the donor, {donor}',
+                img_size=size, top1=top1, top5=top5, of=f'the donor, {donor}', dataset='imagenet-1k',
+                dataset_name='ImageNet-1k',
                 source_name="timm's results-imagenet.csv", source_url=RESULTS_URL)
             for size, top1, top5 in DONOR_RESULTS.get(donor, ())]
     eval_results = [
         EvalResult(
             task_type='image-classification',
-            dataset_type='imagenet-1k' if cfg['num_classes'] == 1000 else 'imagefolder',
-            dataset_name='ImageNet-1k' if cfg['num_classes'] == 1000 else 'validation set of the training run',
+            dataset_type=row['dataset'],
+            dataset_name=row['dataset_name'],
             metric_type='accuracy',
             metric_name=f'top-{k} accuracy (%) of {row["of"]}, {row["img_size"]} px',
             metric_value=row[f'top{k}'],
@@ -153,7 +156,7 @@ def model_card(
         data,
         template_path=str(Path(__file__).parent / 'card_template.md'),
         model_id=model_id,
-        article='An',
+        article='An',  # SPSE and RGSE both
         family=family.upper(),
         backbone=backbone.replace('resnext', 'ResNeXt-').replace('resnet', 'ResNet-'),
         squeeze={
