@@ -55,6 +55,9 @@ def test_list(capsys) -> None:
     assert rows['rgse_resnext101', 'RGSE']['claimed_top1_err'] == 20.67
     assert rows['resnet152', 'CBAM']['claimed_top5_err'] == 5.70
 
+    command = f'{sys.executable} -m timm_sepool list | head -n 1'
+    pipe = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert pipe.stdout.startswith('model') and not pipe.stderr
     assert main(['list']) == 0
     out = capsys.readouterr().out
     assert 'not reproduced' in out and all(name in out for name in NAMES)
@@ -77,6 +80,7 @@ def test_convert_official(tmp_path, capsys, name: str) -> None:
     reduction = state_dict['module.layer1.layer1_block_0.fc_reduction.weight']
     assert torch.equal(model.layer1[0].se.fc1.weight[:, :, 0, 0], reduction)
     assert files(tmp_path) == ['in.pth.tar', 'out.safetensors']
+    assert out.stat().st_mode == (tmp_path / 'in.pth.tar').stat().st_mode  # readable as any file
 
 
 def test_convert_training_checkpoint(tmp_path, capsys) -> None:
@@ -115,6 +119,7 @@ def test_convert_bad_input(tmp_path, capsys, monkeypatch) -> None:
             return os.mkdir, (str(tmp_path / 'ran'),)
 
     good, out = tmp_path / 'good.pth', tmp_path / 'out.safetensors'
+    before: List[str] = []
     model = tiny('rgse_resnet50')
     torch.save(model.state_dict(), good)
     truncated, evil, text, other = (tmp_path / n for n in ('truncated.pth', 'evil.pth', 'text.pth', 'other.pth'))
@@ -136,13 +141,28 @@ def test_convert_bad_input(tmp_path, capsys, monkeypatch) -> None:
     before = files(tmp_path)
 
     def convert_fails(source, message: str, target=out, name: str = 'rgse_resnet50', *flags: str) -> None:
-        fails(capsys, ['convert', str(source), str(target), '--model', name, *flags, *TINY_ARGS], message)
+        fails(capsys, ['convert', str(source), str(target), '--model', name, *TINY_ARGS, *flags], message)
         assert files(tmp_path) == before
         assert existing.read_text() == 'precious'
 
     convert_fails(good, "Unknown model 'resnet50'. Choose one of: rgse_resnet50", out, 'resnet50')
     convert_fails(tmp_path / 'none.pth', 'There is no checkpoint')
     convert_fails(truncated, 'is damaged or no checkpoint')
+    empty, keyed, scalar, safe = (tmp_path / n for n in ('empty.pth', 'keyed.pth', 'scalar.pth', 'safe.pth'))
+    empty.write_bytes(b'')
+    torch.save({1: torch.zeros(1)}, keyed)
+    torch.save({'fc.weight': torch.tensor(1.)}, scalar)
+    save_file(model.state_dict(), safe)
+    torch.save({**model.state_dict(), 'extra': torch.zeros(1)}, tmp_path / 'extra.pth')
+    before = files(tmp_path)
+    convert_fails(empty, 'is damaged or no checkpoint')
+    convert_fails(keyed, 'holds no state dict')
+    convert_fails(scalar, 'scalar.pth')
+    convert_fails(safe, 'a safetensors file has to be named .safetensors')
+    convert_fails(tmp_path, 'is damaged or no checkpoint')
+    convert_fails(tmp_path / 'extra.pth', 'extra.pth: The checkpoint is not one for rgse_resnet50: 1 tensors')
+    convert_fails(good, 'has to be named .safetensors', tmp_path / 'out.pth')
+    convert_fails(good, 'can not be created', out, 'rgse_resnet50', '--model-kwargs', 'act_layer=nope')
     convert_fails(evil, 'asks for code to be run, which is refused')
     convert_fails(text, 'text.pth is damaged')
     convert_fails(other, 'holds no state dict')
@@ -159,7 +179,7 @@ def test_convert_bad_input(tmp_path, capsys, monkeypatch) -> None:
     def interrupt(*args, **kwargs) -> None:
         Path(args[1]).write_text('half')
         raise KeyboardInterrupt
-    monkeypatch.setattr('timm_sepool.hub.save_file', interrupt)
+    monkeypatch.setattr('safetensors.torch.save_file', interrupt)
     assert main(['convert', str(good), str(out), '--model', 'rgse_resnet50', *TINY_ARGS]) == 130
     assert files(tmp_path) == before
     with pytest.raises(SystemExit, match='2'):
@@ -187,6 +207,13 @@ def test_imagefolder(tmp_path, capsys, image_list: Path) -> None:
     greys = [(image.getpixel((0, 0))[0], label) for image, label in dataset]
     assert greys == [(0, 0), (10, 0), (30, 2), (20, 10), (20, 10)]
 
+    # one class map serves both splits, whatever labels they hold
+    image_list.write_text('a/x.png 0\nb/z.png 2\n')
+    assert main(['imagefolder', str(image_list), str(tmp_path / 'images'), str(tmp_path / 'val')]) == 0
+    dataset = create_dataset('', root=str(tmp_path / 'val'), class_map=str(out / 'class_map.txt'))
+    assert [label for _, label in dataset] == [0, 2]
+
+    capsys.readouterr()
     image_list.write_text('a/x.png 1\nb/z.png 0\n')
     assert main(['imagefolder', str(image_list), str(tmp_path / 'images'), str(tmp_path / 'dense')]) == 0
     assert 'class-map' not in capsys.readouterr().out
@@ -206,9 +233,11 @@ def test_imagefolder_bad_input(tmp_path, capsys, image_list: Path) -> None:
 
     imagefolder_fails('imagename label\na/x.png 0\n', ':1: expected "image label"')
     imagefolder_fails('a/x.png 0\na/y.png -1\n', ':2: expected "image label"')
+    imagefolder_fails('a/x.png 0 1\n', ':1: expected "image label"')
+    imagefolder_fails('a/x.png 1000000\n', 'a label of 0 to 999999')
     imagefolder_fails('a/x.png\n', ':1: expected "image label"')
     imagefolder_fails('a/x.png 0\na/q.png 1\n', ':2: there is no image')
-    imagefolder_fails('a/x.png 0\n', 'Is', root='elsewhere')
+    imagefolder_fails('a/x.png 0\n', 'elsewhere the right folder?', root='elsewhere')
     imagefolder_fails('\n', 'lists no image')
     imagefolder_fails('a/x.png 0\n', 'exists and is left as it is', tmp_path / 'existing')
     imagefolder_fails('a/x.png 0\n', 'is no writable folder', image_list / 'out')

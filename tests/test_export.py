@@ -30,6 +30,12 @@ def test_torchscript(name: str) -> None:
         assert_same(grads_scripted[n], grads[n])
 
 
+@pytest.mark.parametrize('attn_layer', [None, 'se', 'eca'])
+def test_torchscript_of_other_blocks(attn_layer: str) -> None:
+    model = tiny('rgse_resnet50', block_args=dict(attn_layer=attn_layer))
+    assert_same(torch.jit.script(model)(images(2, 64, 64)), model(images(2, 64, 64)))
+
+
 @pytest.mark.parametrize('name', FAMILIES)
 def test_torch_jit_trace(name: str) -> None:
     """A trace follows the size of its input too."""

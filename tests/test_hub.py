@@ -135,6 +135,7 @@ def test_what_timm_does_with_pretrained_weights(hub: HubServer, small_donor: par
     by_tag = timm.create_model('rgse_resnet50.from_resnet50_tv_in1k', **small_donor.keywords)
     assert torch.equal(by_tag.fc.weight, tv['fc.weight']) and by_tag.pretrained_cfg['interpolation'] == 'bilinear'
 
+    assert small_donor(device='meta').fc.weight.is_meta
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     requests = len(hub.requests)
     assert torch.equal(small_donor().conv1.weight, donor['conv1.weight'])  # from the cache
@@ -223,9 +224,16 @@ def test_plain_checkpoint_path(small_donor: partial, tmp_path) -> None:
         timm.create_model('rgse_resnet50', checkpoint_path=str(tmp_path / 'plain.pth'), **TINY)
 
 
-def test_missing_file(small_donor: partial) -> None:
-    with pytest.raises(RuntimeError, match='can not be loaded from /no/where.pth'):
+def test_missing_or_damaged_file(small_donor: partial, tmp_path) -> None:
+    with pytest.raises(RuntimeError, match='weights of rgse_resnet50 can not be loaded from /no/where.pth'):
         small_donor(pretrained_cfg_overlay=dict(file='/no/where.pth'))
+    (tmp_path / 'empty.pth').write_bytes(b'')
+    torch.save({'conv1.weight': 3}, tmp_path / 'number.pth')
+    torch.save(torch.nn.Linear(1000, 1000).state_dict(), tmp_path / 'cut.pth')
+    (tmp_path / 'cut.pth').write_bytes((tmp_path / 'cut.pth').read_bytes()[:10000])
+    for name in ('empty.pth', 'number.pth', 'cut.pth'):
+        with pytest.raises(RuntimeError, match=f'weights of rgse_resnet50 can not be loaded from .*{name}'):
+            small_donor(pretrained_cfg_overlay=dict(file=str(tmp_path / name)))
 
 
 def test_fine_tuning_beats_training_from_scratch() -> None:
@@ -294,7 +302,8 @@ def trained(tmp_path) -> Dict:
     (run / 'args.yaml').write_text(yaml.safe_dump(dict(
         model='spse_resnext50', num_classes=4, in_chans=1, input_size=None, img_size=96, interpolation='bilinear',
         crop_pct=0.8, mean=[0.4], std=[0.3], model_kwargs=dict(layers=[1, 1, 1, 1], channels=[16, 32, 64, 128]))))
-    (run / 'results.csv').write_text('model,top1,top1_err,top5,top5_err,img_size\nx,71.5,28.5,91.0,9.0,96\n')
+    (run / 'results.csv').write_text(
+        'model,top1,top1_err,top5,top5_err,img_size\nspse_resnext50,71.5,28.5,91.0,9.0,96\nresnet18,1,99,2,98,96\n')
     (run / 'labels.txt').write_text('cat\ndog\nbird\nfish\n')
     return dict(run=run, model=model, ema=ema)
 
@@ -335,7 +344,8 @@ safetensors.torch.save_file(model.state_dict(), sys.argv[1])
     config = json.loads(repo['config.json'])
     assert config['num_classes'] == 4 and 'num_classes' not in config['model_args']
     card = repo['README.md'].decode()
-    assert 'value: 71.5' in card and 'hf-hub:user/net' in card and 'base_model' not in card and 'donor' not in card
+    assert 'value: 71.5' in card and 'hf-hub:user/net' in card
+    assert not any(s in card for s in ('value: 1.0', 'base_model', 'donor'))
 
     sha = repo.sha
     assert push(run, '--labels', str(run / 'labels.txt'), '--metrics', str(run / 'results.csv')) == 0
@@ -361,6 +371,18 @@ torch.save(model(torch.ones(2, 1, 96, 96)).logits.detach(), sys.argv[1])
     subprocess.run([sys.executable, '-c', code, str(tmp_path / 'logits.pt')], env=env, check=True)
     expected = trained['model'](torch.ones(2, 1, 96, 96))
     torch.testing.assert_close(torch.load(tmp_path / 'logits.pt'), expected.detach())
+
+
+def test_global_pool_of_the_training_run(trained: Dict, tmp_path) -> None:
+    """train.py's --gp is a model argument; a run that started from a network of the Hub has its name in args.yaml."""
+    run = trained['run']
+    arguments = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump({**arguments, 'gp': 'max', 'model': 'hf-hub:user/net'}))
+    assert push(run, '--dry-run', str(tmp_path / 'out')) == 0
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    trained['model'].reset_classifier(4, 'max')
+    trained['model'].fc.load_state_dict(model.fc.state_dict())
+    assert torch.equal(model(images(2, 1, 64, 64)), trained['model'].eval()(images(2, 1, 64, 64)))
 
 
 def test_push_a_tag(hub: HubServer, tmp_path, monkeypatch) -> None:
@@ -397,12 +419,13 @@ def test_dry_run(hub: HubServer, trained: Dict, tmp_path, capsys) -> None:
 def test_push_bad_input(hub: HubServer, trained: Dict, tmp_path, capsys, monkeypatch) -> None:
     run = trained['run']
     before = sorted(str(p) for p in tmp_path.rglob('*'))
+    hub.add('user/net', {})
     repos = set(hub.repos)
 
     def push_fails(message: str, *flags: str, **kwargs) -> None:
         assert push(run, *flags, **kwargs) == 2
         err = capsys.readouterr().err
-        assert message in err and err.startswith('timm-sepool push: error: '), err
+        assert message in err and err.startswith('timm-sepool push: error: ') and err.rstrip().count('\n') == 0, err
         assert sorted(str(p) for p in tmp_path.rglob('*')) == before and set(hub.repos) == repos
 
     push_fails('Unknown model', model='resnet50')
@@ -415,7 +438,16 @@ def test_push_bad_input(hub: HubServer, trained: Dict, tmp_path, capsys, monkeyp
     push_fails('is no args.yaml', '--args', str(run / 'none.yaml'))
     push_fails('is no results file', '--metrics', str(run / 'labels.txt'))
     push_fails('Can not read the labels', '--labels', str(run / 'none.txt'))
-    push_fails('names 2 classes, the network has 4', '--labels', str(run / 'results.csv'))
+    push_fails('makes no sense', '--interpolation', 'nonsense')
+    push_fails('makes no sense', '--img-size', '-5')
+    push_fails('makes no sense', '--mean', '0.1', '0.2')
+    push_fails('makes no sense', '--crop-pct', '0')
+    results = (run / 'results.csv').read_text()
+    (run / 'results.csv').write_text('model,top1,top5,img_size\nresnet18,70.1,89.0,96\n')
+    push_fails('holds no accuracy of spse_resnext50', '--metrics', str(run / 'results.csv'))
+    (run / 'results.csv').write_text(results.replace('71.5', 'nan'))
+    push_fails('holds no accuracy of spse_resnext50', '--metrics', str(run / 'results.csv'))
+    push_fails('names 3 classes, the network has 4', '--labels', str(run / 'results.csv'))
     push_fails('can not be created', '--model-kwargs', 'layer=3')
     push_fails('is not one for spse_resnext50', '--model-kwargs', 'layers=(1,1,2,1)')
     push_fails('is no writable folder', '--dry-run', str(tmp_path / 'no' / 'out'))
@@ -427,6 +459,14 @@ def test_push_bad_input(hub: HubServer, trained: Dict, tmp_path, capsys, monkeyp
     hub.add('user/other', {'config.json': json.dumps(dict(architecture='resnet50')).encode()})
     repos.add(('model', 'user/other'))
     push_fails('user/other holds a resnet50, not a spse_resnext50', repo_id='user/other')
+    hub.faults['user/other/config.json'] = 503  # not to be taken for a repository without a config
+    push_fails('The Hub refused user/other', repo_id='user/other')
+    hub.faults.clear()
+    push_fails('user/other exists and is public', '--private', repo_id='user/other')
+    for n, other in enumerate(({'config.json': b'{not'}, {'config.json': b'[]'}, {'pytorch_model.bin': b'x'})):
+        hub.add(f'user/other{n}', other)
+        repos.add(('model', f'user/other{n}'))
+        push_fails(f'user/other{n} holds a ', repo_id=f'user/other{n}')
     assert push(run, '--force', repo_id='user/other') == 0
     (run / 'args.yaml').rename(run / 'elsewhere.yaml')
     before[:] = sorted(str(p) for p in tmp_path.rglob('*'))

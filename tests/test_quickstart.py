@@ -1,6 +1,7 @@
 """ The main job from the command line """
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,9 @@ def test_quickstart(tmp_path, capsys, monkeypatch) -> None:
     accuracy = float(out.split('top-1 ')[-1].split(' %')[0])
     assert accuracy >= 95
     assert all(s in out for s in ('sepool_quickstart', 'train.py', 'validate.py', '--model rgse_resnet50'))
+    readme = (Path(__file__).parents[1] / 'README.md').read_text()
+    for command in re.findall(r'^  (python (?:train|validate)\.py(?:.*\\\n)*.*)$', out, re.MULTILINE):
+        assert ' '.join(command.replace('\\\n', ' ').split()) in ' '.join(readme.replace('\\\n', ' ').split())
     assert sorted(os.listdir('sepool_quickstart')) == ['config.json', 'model.safetensors']
 
     model = timm.create_model('local-dir:sepool_quickstart', pretrained=True).eval()
@@ -61,6 +65,7 @@ def test_bad_input(tmp_path, capsys) -> None:
     quickstart_fails('exists and is left as it is', '--out', str(tmp_path / 'existing'))
     quickstart_fails('is no writable folder', '--out', str(tmp_path / 'no' / 'out'))
     quickstart_fails('--epochs must be at least 1', '--epochs', '0')
+    quickstart_fails('--seed must be from 0', '--seed', '-1')
     quickstart_fails('Unknown model', '--model', 'resnet50')
     assert os.listdir(tmp_path) == ['existing']
 

@@ -10,10 +10,13 @@ import reference
 import torch
 from common import GOLDEN, NAMES, PARAMS, TINY, images, official_state_dict, tiny, training_step
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm
-from timm.layers import DropBlock2d, GroupNorm1
-from timm_sepool import RGSEModule, SEPoolResNet, SPSEModule, checkpoint_filter_fn
+from timm.layers import BlurPool2d, GroupNorm1
+from timm.models.resnet import Bottleneck
+from timm.utils import freeze
+from timm_sepool import RGSEModule, SEPoolBottleneck, SEPoolResNet, SPSEModule, checkpoint_filter_fn
 from timm_sepool.squeeze import SEPoolModule
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
@@ -48,9 +51,9 @@ def test_equals_official_code(name: str) -> None:
     expected = torch.from_numpy(GOLDEN[f'{name}/logits'])
     assert expected.abs().max() > 1
     with torch.no_grad():
-        assert (model(x) - expected).abs().max() <= 1e-9
+        assert (model(x) - expected).abs().max() <= 1e-12
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-        assert (model(x) - expected).abs().max() <= 1e-9
+        assert (model(x) - expected).abs().max() <= 1e-12
 
 
 # --- the claims, small
@@ -168,17 +171,58 @@ def test_output_stride(name: str, output_stride: int) -> None:
     assert max(features.feature_info.reduction()) == output_stride
 
 
+@pytest.mark.parametrize('rate', ['drop_path_rate', 'drop_block_rate', 'drop_rate'])
 @pytest.mark.parametrize('name', FAMILIES)
-def test_drop_path_and_drop_block(name: str) -> None:
-    """Active in training; in eval mode timm's order of operations and ours agree."""
+def test_drop_rates(name: str, rate: str) -> None:
+    """Each alone is active in training and off in eval mode."""
     plain = tiny(name)
-    model = tiny(name, drop_path_rate=0.5, drop_block_rate=0.3, drop_rate=0.2)
+    model = tiny(name, **{rate: 0.5})
     model.load_state_dict(plain.state_dict())
     x = images(4, 160, 160)  # timm's older DropBlock needs maps larger than its blocks
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
-    assert any(isinstance(m, DropBlock2d) for m in model.modules())
+    assert torch.equal(plain.train()(x), plain(x))
     model.train()
     assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(aa_layer=BlurPool2d), dict(stem_type='deep', stem_width=16), dict(avg_down=True),
+    dict(replace_stem_pool=True), dict(block_reduce_first=2, cardinality=1, base_width=64), dict(act_layer='silu'),
+    dict(drop_path_rate=0.5), dict(drop_block_rate=0.5), dict(block_args=dict(attn_layer='eca')),
+    dict(block_args=dict(attn_layer=None)),
+], ids=str)
+@pytest.mark.parametrize('name', FAMILIES)
+def test_block_equals_timms(name: str, kwargs, monkeypatch) -> None:
+    """timm's own Bottleneck.forward computes the same, with everything that ResNet can put into a block or a stem."""
+    model = tiny(name, **kwargs).double().train()
+    x = images(3, 160, 160, dtype=torch.float64)
+
+    def step():
+        torch.manual_seed(3)
+        return training_step(model, x)
+    loss, grads = step()
+    monkeypatch.setattr(SEPoolBottleneck, 'forward', Bottleneck.forward)
+    expected_loss, expected_grads = step()
+    torch.testing.assert_close(loss, expected_loss)
+    for n in grads:
+        torch.testing.assert_close(grads[n], expected_grads[n], rtol=1e-6, atol=1e-10, msg=lambda m, n=n: f'{n}: {m}')
+
+
+def test_one_pass_epilogue() -> None:
+    """Scaling and residual sum are one operation, but with drop path."""
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ops = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.ops.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for kwargs, expected in ((dict(), 4), (dict(drop_path_rate=0.5), 1)):  # the first block's rate is 0
+        with Count() as count, torch.no_grad():
+            tiny('rgse_resnet50', **kwargs)(images(2, 64, 64))
+        assert count.ops.count('aten.addcmul.default') == expected
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -227,11 +271,10 @@ def test_batch_of_one(name: str) -> None:
     x = images(1, 64, 64)
     with pytest.raises(ValueError, match='larger batch, SyncBatchNorm .* or freeze the norms of the squeeze'):
         model(x)
-    for module in model.modules():
-        if isinstance(module, SEPoolModule):
-            module.bn.eval()
-    loss, grads = training_step(model, x)
-    assert loss.isfinite() and all(g.isfinite().all() for g in grads.values())
+    freeze(model, [n for n, _ in model.named_modules() if n.endswith('.se.bn')])  # what the error says
+    loss = nn.functional.cross_entropy(model.train()(x), torch.zeros(1, dtype=torch.long))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize('name', FAMILIES)

@@ -1,7 +1,6 @@
 """ Reading checkpoints and writing outputs for the command line: one clear error, nothing half-written """
 import argparse
 import os
-import pickle
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,11 @@ def new_path(path: Path) -> Iterator[Path]:
     try:
         try:
             yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            for file in [temporary, *temporary.rglob('*')]:
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(0o666 & ~umask)  # safetensors writes files for their owner only
             os.rename(temporary, path)
         finally:
             if temporary.is_dir():
@@ -38,6 +42,11 @@ def new_path(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as e:
         raise CommandError(f'Can not write {path}: {e}. Choose another output or make room.') from e
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the error itself if it has none."""
+    return next(iter(str(error).strip().splitlines()), '') or repr(error)
 
 
 def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
@@ -60,20 +69,26 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as e:
         raise CommandError(f'There is no checkpoint {path}.') from e
-    except pickle.UnpicklingError as e:
+    except Exception as e:  # a damaged pickle can end in any
+        if 'unsupported global' in str(e).lower():
+            raise CommandError(
+                f'{path} asks for code to be run, which is refused. Save its state dict alone, by '
+                'torch.save(model.state_dict(), ...), where you trust it.'
+            ) from e
         raise CommandError(
-            f'{path} is damaged or asks for code to be run, which is refused: {str(e).splitlines()[0]} '
-            'Get it again, or save its state dict alone with torch.save(model.state_dict(), ...).'
+            f'{path} is damaged or no checkpoint ({type(e).__name__}). Get it again; a safetensors file has to be '
+            'named .safetensors.'
         ) from e
-    except (RuntimeError, OSError, EOFError, ValueError, SafetensorError) as e:
-        raise CommandError(f'{path} is damaged or no checkpoint: {str(e).splitlines()[0] or e!r} Get it again.') from e
 
     keys = ('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model')
     if isinstance(checkpoint, dict):
         found = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), None)
         if use_ema and found is None:
             raise CommandError(f'{path} holds no EMA weights. Leave out --use-ema, or train with --model-ema.')
-        checkpoint = clean_state_dict(checkpoint if found is None else found)
-    if not isinstance(checkpoint, dict) or not checkpoint or not all(torch.is_tensor(v) for v in checkpoint.values()):
+        checkpoint = checkpoint if found is None else found
+    if (
+        not isinstance(checkpoint, dict) or not checkpoint
+        or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in checkpoint.items())
+    ):
         raise CommandError(f'{path} holds no state dict (tensors by name). Save one with torch.save or safetensors.')
-    return checkpoint
+    return clean_state_dict(checkpoint)

@@ -56,18 +56,23 @@ def cmd_list(args: argparse.Namespace) -> None:
         )
     print(
         '\nParameters and GMACs (multiply-adds of convolutions and matrix products at 224 px) are computed here.\n'
+        "SPSE's GMACs contain its pooling where the grid does not divide the map, which is a matrix product.\n"
         'The errors (%, ImageNet-1k, single crop) are claims of the paper (Jin et al. 2022), not reproduced.\n'
         "+ cbam is create_model(NAME, block_args=dict(attn_layer='cbam'))."
     )
 
 
 def cmd_convert(args: argparse.Namespace) -> None:
-    from .hub import check_model, load_trained, save_weights
+    from safetensors.torch import save_file
+
+    from .hub import check_model, load_trained
 
     arch = check_model(args.model)
+    if args.output.suffix != '.safetensors':
+        raise CommandError(f'{args.output} has to be named .safetensors, timm tells the format by it.')
     with new_path(args.output) as temporary:
         model, kwargs = load_trained(arch, args.input, args.use_ema, args.model_kwargs)
-        save_weights(model, temporary)
+        save_file(model.state_dict(), temporary, metadata={'format': 'pt'})
     extra = ''.join(f', {k}={v!r}' for k, v in kwargs.items() if (k, v) not in (('num_classes', 1000), ('in_chans', 3)))
     print(f'wrote {args.output} ({sum(p.numel() for p in model.parameters()):,} parameters), to be used as\n')
     print(f'  timm.create_model({arch!r}{extra}, checkpoint_path={str(args.output)!r})')
@@ -82,9 +87,9 @@ def cmd_imagefolder(args: argparse.Namespace) -> None:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        image, label = (line.split() + ['', ''])[:2]
-        if not label.isdecimal():
-            raise CommandError(f'{args.list}:{number}: expected "image label" with a label of 0 or more, got {line!r}.')
+        image, label, *rest = line.split() + ['']
+        if not label.isdecimal() or len(label) > 6 or any(rest):
+            raise CommandError(f'{args.list}:{number}: expected "image label", a label of 0 to 999999, got {line!r}.')
         source = args.images / image
         if not source.is_file():
             raise CommandError(f'{args.list}:{number}: there is no image {source}. Is {args.images} the right folder?')
@@ -93,16 +98,15 @@ def cmd_imagefolder(args: argparse.Namespace) -> None:
         raise CommandError(f'{args.list} lists no image.')
 
     labels = {label for label, _, _ in samples}
-    width = len(str(max(labels)))
     with new_path(args.output) as temporary:
         for label, name, source in samples:
-            folder = temporary / f'{label:0{width}d}'
+            folder = temporary / f'{label:06d}'
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(source)
         gaps = len(labels) <= max(labels)
         if gaps:
             # timm numbers the folders it finds, so with a label missing the later ones would shift
-            class_map = '\n'.join(f'{label:0{width}d}' for label in range(max(labels) + 1))
+            class_map = '\n'.join(f'{label:06d}' for label in range(max(labels) + 1))
             (temporary / 'class_map.txt').write_text(class_map + '\n')
     print(f'wrote {args.output}: {len(samples)} links in {len(labels)} classes')
     if gaps:
@@ -132,12 +136,14 @@ def cmd_cards(args: argparse.Namespace) -> None:
 def cmd_push(args: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
-    from .hub import check_model, check_repo_id, export, upload
+    from .hub import check_model, check_repo_id, check_token, export, upload
 
     check_model(args.model)
     check_repo_id(args.repo_id)
+    if not args.dry_run:
+        check_token()
     flags = ('img_size', 'interpolation', 'crop_pct', 'mean', 'std')
-    preprocessing = {k: getattr(args, k) for k in flags if getattr(args, k)}
+    preprocessing = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
     if preprocessing and not args.checkpoint:
         raise CommandError('Preprocessing flags go with --checkpoint, the weights of a tag have their own.')
     export_args = dict(
@@ -159,7 +165,10 @@ class _ModelKwargs(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         from timm.utils import ParseKwargs
-        ParseKwargs([option_string], self.dest)(parser, namespace, values)
+        try:
+            ParseKwargs([option_string], self.dest)(parser, namespace, values)
+        except ValueError as e:
+            raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {" ".join(values)}') from e
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,6 +244,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     except CommandError as e:
         print(f'timm-sepool {args.command}: error: {e}', file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `timm-sepool list | head`
+        sys.stdout = None
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130

@@ -1,22 +1,22 @@
 """ Model cards and publishing on the Hugging Face Hub """
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm.data import resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.models import create_model, get_arch_name, get_pretrained_cfg, list_models, save_for_hf
 
-from ._files import CommandError, load_checkpoint
-from .sepool_resnet import checkpoint_filter_fn
+from ._files import CommandError, first_line, load_checkpoint
+from .sepool_resnet import LOADING_ERRORS, checkpoint_filter_fn
 
 # Top-1 / top-5 error (%) on ImageNet-1k, single crop, as claimed by the paper (Jin et al. 2022), not reproduced
 FAMILIES = ('plain', 'SE', 'CBAM', 'SPSE', 'RGSE')
@@ -36,6 +36,7 @@ DONOR_RESULTS = {
     'timm/resnext101_32x4d.gluon_in1k': ((224, 80.336, 94.908),),
 }
 RESULTS_URL = 'https://github.com/huggingface/pytorch-image-models/blob/main/results/results-imagenet.csv'
+SOURCE_FIELDS = ('tag', 'url', 'file', 'hf_hub_id', 'source', 'origin_url', 'description', 'paper_ids', 'paper_name')
 PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 
 
@@ -156,7 +157,6 @@ def model_card(
         data,
         template_path=str(Path(__file__).parent / 'card_template.md'),
         model_id=model_id,
-        article='An',  # SPSE and RGSE both
         family=family.upper(),
         backbone=backbone.replace('resnext', 'ResNeXt-').replace('resnet', 'ResNet-'),
         squeeze={
@@ -197,30 +197,30 @@ def load_trained(
         CommandError: If the checkpoint can't be read or is not one of this architecture and these arguments.
     """
     state_dict = load_checkpoint(checkpoint, use_ema)
-    kwargs = dict(model_kwargs or {})
-    kwargs['num_classes'] = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0
-    if getattr(state_dict.get('conv1.weight'), 'ndim', 0) == 4:
-        kwargs['in_chans'] = state_dict['conv1.weight'].shape[1]
+    kwargs = {**(model_kwargs or {}), 'num_classes': 0}
+    if getattr(state_dict.get('fc.weight'), 'ndim', 0) == 2:
+        kwargs['num_classes'] = state_dict['fc.weight'].shape[0]
+    conv1 = state_dict.get('conv1.weight', state_dict.get('conv1.0.weight'))  # the latter of a deep stem
+    if getattr(conv1, 'ndim', 0) == 4:
+        kwargs['in_chans'] = conv1.shape[1]
     try:
         with torch.device('meta'):
-            model = create_model(arch, **kwargs)
-    except (TypeError, ValueError, AssertionError) as e:
-        raise CommandError(f'{arch} can not be created with {kwargs}: {e}') from e
+            # these weights have no tag and do not come from a donor
+            model = create_model(arch, pretrained_cfg_overlay=dict.fromkeys(SOURCE_FIELDS), **kwargs)
+    except Exception as e:
+        raise CommandError(f'{arch} can not be created with {kwargs}: {first_line(e)}') from e
     if not any('.se.' in k or '.fc_reduction.' in k for k in state_dict):
         raise CommandError(
             f'{checkpoint} holds no {arch} weights but those of a network without its squeeze. '
             'Load a donor by pretrained_cfg_overlay=dict(file=...) or --pretrained-path instead.'
         )
     try:
-        model.load_state_dict(checkpoint_filter_fn(state_dict, model), strict=True, assign=True)
+        # contiguous: a channels_last training saves its weights so, and safetensors takes no other than contiguous ones
+        state_dict = {k: v.contiguous() for k, v in checkpoint_filter_fn(state_dict, model).items()}
+        model.load_state_dict(state_dict, strict=True, assign=True)
     except RuntimeError as e:
         raise CommandError(f'{checkpoint}: {" ".join(str(e).split())}') from e
     return model, kwargs
-
-
-def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """Write the state dict as safetensors."""
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, metadata={'format': 'pt'})
 
 
 def save_folder(
@@ -239,20 +239,14 @@ def save_folder(
         cfg: Preprocessing that replaces the one it inherits from a donor, see PREPROCESSING.
         label_names: Class names.
     """
-    # num_classes stays at the config's top level: transformers' wrapper passes it beside model_args
-    model_args = {k: v for k, v in model_args.items() if k != 'num_classes'}
     save_for_hf(
         model, folder, safe_serialization=True, model_args=model_args,
         model_config=dict(label_names=label_names) if label_names else None)
-    save_weights(model, folder / 'model.safetensors')
     config = json.loads((folder / 'config.json').read_text())
-    if 'model_args' in config:
-        config['model_args'].pop('num_classes', None)
-    else:
-        config['model_args'] = model_args
+    # it stays at the config's top level: transformers' wrapper passes it beside model_args
+    config.setdefault('model_args', {}).pop('num_classes', None)
     pretrained_cfg = config['pretrained_cfg']
-    sources = ('tag', 'url', 'file', 'hf_hub_id', 'source', 'origin_url', 'description', 'paper_ids', 'paper_name')
-    for key in (*sources, *(('test_input_size', 'test_crop_pct', 'pool_size', 'test_pool_size') if cfg else ())):
+    for key in (*SOURCE_FIELDS, *(('test_input_size', 'test_crop_pct', 'pool_size', 'test_pool_size') if cfg else ())):
         pretrained_cfg.pop(key, None)
     pretrained_cfg.update(cfg or {})
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
@@ -274,28 +268,36 @@ def training_preprocessing(
             f'The preprocessing of {checkpoint} is not known. Put the args.yaml of its training run beside it, name it '
             'by --args, or give all of --img-size, --interpolation, --crop-pct, --mean and --std.'
         )
-    in_chans = model.conv1.in_channels if isinstance(model.conv1, torch.nn.Conv2d) else model.conv1[0].in_channels
     # as train.py and validate.py resolve it
-    args = {**(run_args or {}), 'in_chans': in_chans, 'chans': None, **flags}
-    if flags.get('img_size'):
+    args = {**(run_args or {}), 'in_chans': model.in_chans, 'chans': None, **flags}
+    if 'img_size' in flags:
         args['input_size'] = None
-    resolved = resolve_data_config(args, model=model)
+    try:
+        resolved = resolve_data_config(args, model=model)
+        create_transform(**resolved)  # knows which values make sense
+    except Exception as e:
+        raise CommandError(f'The preprocessing of {checkpoint} makes no sense: {first_line(e)}') from e
+    if min(resolved['input_size']) < 1 or not 0 < flags.get('crop_pct', resolved['crop_pct']) <= 1:
+        raise CommandError(f'The preprocessing of {checkpoint} makes no sense: {({**resolved, **flags})}')
     return {k: resolved[k] for k in PREPROCESSING if k in resolved}
 
 
-def read_results(path: Path) -> List[Dict[str, Any]]:
-    """Accuracies of a results file of timm's validate.py, one dict of img_size, top1, top5 a row.
+def read_results(path: Path, arch: str) -> List[Dict[str, Any]]:
+    """Accuracies of a network in a results file of timm's validate.py, one dict of img_size, top1, top5 a row.
 
     Raises:
-        CommandError: If it is none.
+        CommandError: If it is none, or holds none of this network.
     """
     try:
         with open(path, newline='') as f:
-            rows = list(csv.DictReader(f))
-        return [dict(img_size=int(r['img_size']), top1=float(r['top1']), top5=float(r['top5'])) for r in rows]
+            rows = [row for row in csv.DictReader(f) if get_arch_name(row['model']) == arch]
+        results = [dict(img_size=int(r['img_size']), top1=float(r['top1']), top5=float(r['top5'])) for r in rows]
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise CommandError(
-            f'{path} is no results file of validate.py (CSV with img_size, top1, top5): {type(e).__name__} {e}') from e
+            f'{path} is no results file of validate.py (CSV with model, img_size, top1, top5): {first_line(e)}') from e
+    if not results or not all(math.isfinite(r['top1']) and math.isfinite(r['top5']) for r in results):
+        raise CommandError(f'{path} holds no accuracy of {arch}.')
+    return results
 
 
 def export(
@@ -332,7 +334,10 @@ def export(
     arch = check_model(name)
     label_names = None
     if checkpoint is None:
-        model = create_model(name, pretrained=True)
+        try:
+            model = create_model(name, pretrained=True)
+        except RuntimeError as e:
+            raise CommandError(first_line(e)) from e
         kwargs, cfg = {}, None
     else:
         yaml_path = run_args or checkpoint.with_name('args.yaml')
@@ -340,12 +345,13 @@ def export(
         if run_args or yaml_path.is_file():
             try:
                 arguments = yaml.safe_load(yaml_path.read_text())
-                trained_as = get_arch_name(str(arguments['model']))
-            except (OSError, TypeError, KeyError, yaml.YAMLError) as e:
+                trained_as = str(arguments['model'])
+                global_pool = {'global_pool': arguments['gp']} if arguments.get('gp') else {}  # train.py's --gp
+                model_kwargs = {**global_pool, **(arguments.get('model_kwargs') or {}), **(model_kwargs or {})}
+            except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as e:
                 raise CommandError(f'{yaml_path} is no args.yaml of train.py: {type(e).__name__}') from e
-            if trained_as != arch:
+            if ':' not in trained_as and get_arch_name(trained_as) != arch:  # hf-hub:, local-dir: tell at the load
                 raise CommandError(f'{yaml_path} is of a training of {trained_as}, not of {arch}.')
-            model_kwargs = {**(arguments.get('model_kwargs') or {}), **(model_kwargs or {})}
         model, kwargs = load_trained(arch, checkpoint, use_ema, model_kwargs)
         cfg = training_preprocessing(model, arguments, preprocessing or {}, checkpoint)
         cfg['license'] = license
@@ -356,7 +362,7 @@ def export(
             raise CommandError(f'Can not read the labels {labels}: {e}') from e
         if len(label_names) != model.num_classes:
             raise CommandError(f'{labels} names {len(label_names)} classes, the network has {model.num_classes}.')
-    results = read_results(metrics) if metrics else None
+    results = read_results(metrics, arch) if metrics else None
     save_folder(model, folder, kwargs, cfg, label_names)
     card_cfg = dict(cfg, test_input_size=None, num_classes=model.num_classes) if cfg else None
     card = model_card(
@@ -365,7 +371,9 @@ def export(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises:
+    """Check that something can be pushed there before any work is done.
+
+    Raises:
         CommandError: If repo_id is not of the form USER/NAME.
     """
     try:
@@ -373,7 +381,13 @@ def check_repo_id(repo_id: str) -> None:
         if repo_id.count('/') != 1:
             raise HFValidationError('expected USER/NAME')
     except HFValidationError as e:
-        raise CommandError(f'{repo_id!r} is no repository id: {str(e).splitlines()[0]}') from e
+        raise CommandError(f'{repo_id!r} is no repository id: {first_line(e)}') from e
+
+
+def check_token() -> None:
+    """Raise CommandError if there is no token to push with."""
+    if get_token() is None:
+        raise CommandError('There is no Hugging Face token. Run `hf auth login` or set HF_TOKEN.')
 
 
 def upload(folder: Path, repo_id: str, private: bool = False, force: bool = False) -> str:
@@ -383,26 +397,32 @@ def upload(folder: Path, repo_id: str, private: bool = False, force: bool = Fals
         folder: What `export` wrote.
         repo_id: USER/NAME.
         private: Create the repository private.
-        force: Replace a network of another architecture.
+        force: Replace whatever the repository holds.
 
     Returns:
         URL of the commit.
 
     Raises:
-        CommandError: If there is no token, the Hub refuses, or the repository holds another architecture.
+        CommandError: If the Hub refuses, or the repository holds something else or is public against `private`.
     """
-    if get_token() is None:
-        raise CommandError('There is no Hugging Face token. Run `hf auth login` or set HF_TOKEN.')
     api = HfApi(library_name='timm_sepool')
+    ours = json.loads((folder / 'config.json').read_text())['architecture']
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        try:
-            theirs = json.loads(Path(hf_hub_download(repo_id, 'config.json')).read_text()).get('architecture')
-        except EntryNotFoundError:
-            theirs = None
-        ours = json.loads((folder / 'config.json').read_text())['architecture']
+        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the default of an organization
+        info = api.model_info(repo_id)
+        if private and not info.private:
+            raise CommandError(f'{repo_id} exists and is public. Make it private on the Hub or leave out --private.')
+        files = {sibling.rfilename for sibling in info.siblings or ()} - {'.gitattributes'}
+        theirs = None
+        if 'config.json' in files:
+            try:
+                theirs = json.loads(Path(hf_hub_download(repo_id, 'config.json')).read_text())['architecture']
+            except (ValueError, KeyError, TypeError):
+                theirs = 'config.json that is not of timm'
+        elif files:
+            theirs = f'{len(files)} files without a config.json'
         if theirs not in (None, ours) and not force:
             raise CommandError(f'{repo_id} holds a {theirs}, not a {ours}. Choose another repository or use --force.')
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Add {ours}'))
-    except (HfHubHTTPError, OSError) as e:
-        raise CommandError(f'The Hub refused {repo_id}: {str(e).strip().splitlines()[0]}') from e
+    except (*LOADING_ERRORS, OSError, ValueError) as e:
+        raise CommandError(f'The Hub refused {repo_id}: {first_line(e)}') from e

@@ -76,6 +76,8 @@ def quickstart(model_name: str, out: Optional[Path] = None, epochs: int = 12, se
         raise CommandError('The progress bar needs tqdm: pip install "timm_sepool[quickstart]".') from e
     if epochs < 1:
         raise CommandError(f'--epochs must be at least 1, got {epochs}.')
+    if not 0 <= seed < 2 ** 32:
+        raise CommandError(f'--seed must be from 0 to 2**32 - 1, got {seed}.')
     if out is None:
         names = (f'sepool_quickstart{f"-{i}" if i > 1 else ""}' for i in count(1))
         out = next(path for path in map(Path, names) if not path.exists())

@@ -60,14 +60,16 @@ class SEPoolBottleneck(Bottleneck):
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
 
-        if self.drop_path is None and hasattr(self.se, 'forward_gate'):
-            x = torch.addcmul(shortcut, x, self.se.forward_gate(x))
-        else:
-            if self.se is not None:
-                x = self.se(x)
-            if self.drop_path is not None:
-                x = self.drop_path(x)
-            x += shortcut
+        if self.se is not None:
+            if self.drop_path is None and hasattr(self.se, 'forward_gate'):
+                x = torch.addcmul(shortcut, x, self.se.forward_gate(x))
+                return self.act3(x)
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        x += shortcut
         x = self.act3(x)
 
         return x
@@ -177,7 +179,8 @@ def _check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> 
             ('unexpected', sorted(theirs.keys() - ours.keys())),
             ('of another shape', sorted(k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k])),
             ('holding NaN or infinity', sorted(
-                k for k, v in state_dict.items() if v.is_floating_point() and not v.isfinite().all())),
+                k for k, v in state_dict.items()
+                if v.is_floating_point() and not v.is_meta and not v.isfinite().all())),
     ):
         if keys:
             problems.append(f'{len(keys)} tensors {what} ({", ".join(keys[:2])}{", ..." if len(keys) > 2 else ""})')
@@ -209,6 +212,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     """
     if isinstance(state_dict.get('state_dict', None), dict):
         state_dict = state_dict['state_dict']
+    if not all(torch.is_tensor(v) for v in state_dict.values()):
+        raise RuntimeError('The checkpoint is no state dict, it holds other things than tensors.')
     state_dict = {k[7:] if k.startswith('module.') else k: v for k, v in state_dict.items()}
     if any('.fc_reduction.' in k for k in state_dict):
         state_dict = _convert_official(state_dict)
@@ -218,9 +223,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return state_dict
 
 
-# The base is that of the HTTP library in use, which differs between versions of the Hub client and whose errors while
-# transferring are not OSErrors.
-_LOADING_ERRORS = (OSError, SafetensorError, HfHubHTTPError.__bases__[0])
+# The bases of the Hub client's error are OSError and that of the HTTP library in use, which differs between its
+# versions and whose errors while transferring are not OSErrors.
+LOADING_ERRORS = (SafetensorError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception))
 
 
 def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> SEPoolResNet:
@@ -235,8 +240,8 @@ def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> S
             SEPoolResNet, variant, pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             **dict(model_args, **kwargs))
-    except _LOADING_ERRORS as e:
-        if not pretrained:
+    except (*LOADING_ERRORS, OSError, EOFError, RuntimeError) as e:
+        if not pretrained or variant in str(e):
             raise
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         reason = next(iter(str(e).strip().splitlines()), '') or type(e).__name__

@@ -106,7 +106,7 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
     if nhwc:
         # batched over a view, where a single matmul would copy x (and its gradient) to channels_first
         cells = torch.bmm(matrix.expand(x.shape[0], -1, -1), x.transpose(1, 2))
-        return (cells * weight.t().contiguous()).sum(1).unsqueeze(-1).unsqueeze(-1)
+        return (cells * weight.t()).sum(1).unsqueeze(-1).unsqueeze(-1)
     cells = F.linear(x, matrix)
     return (cells * weight).sum(2).unsqueeze(-1).unsqueeze(-1)
 
@@ -182,7 +182,8 @@ class SEPoolModule(nn.Module):
             raise ValueError(
                 'The squeeze of an SPSE / RGSE block normalizes one value per channel and image over the batch, so '
                 'training needs more than one image per device. Use a larger batch, SyncBatchNorm over several '
-                'devices, or freeze the norms of the squeeze (put them in eval mode).'
+                "devices, or freeze the norms of the squeeze: timm.utils.freeze(model, [n for n, _ in "
+                "model.named_modules() if n.endswith('.se.bn')])."
             ) from e
 
     def squeeze(self, x: torch.Tensor) -> torch.Tensor:
