@@ -459,8 +459,10 @@ def test_push_bad_input(hub: HubServer, trained: Dict, tmp_path, capsys, monkeyp
     hub.add('user/other', {'config.json': json.dumps(dict(architecture='resnet50')).encode()})
     repos.add(('model', 'user/other'))
     push_fails('user/other holds a resnet50, not a spse_resnext50', repo_id='user/other')
-    hub.faults['user/other/config.json'] = 503  # not to be taken for a repository without a config
-    push_fails('The Hub refused user/other', repo_id='user/other')
+    hub.add('user/faulty', {'config.json': json.dumps(dict(architecture='resnet50')).encode()})
+    repos.add(('model', 'user/faulty'))
+    hub.faults['user/faulty/config.json'] = 503  # not to be taken for a repository without a config
+    push_fails('The Hub refused user/faulty', repo_id='user/faulty')
     hub.faults.clear()
     push_fails('user/other exists and is public', '--private', repo_id='user/other')
     for n, other in enumerate(({'config.json': b'{not'}, {'config.json': b'[]'}, {'pytorch_model.bin': b'x'})):
