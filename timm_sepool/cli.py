@@ -140,12 +140,12 @@ def cmd_push(args: argparse.Namespace) -> None:
 
     check_model(args.model)
     check_repo_id(args.repo_id)
-    if not args.dry_run:
-        check_token()
     flags = ('img_size', 'interpolation', 'crop_pct', 'mean', 'std')
     preprocessing = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
     if preprocessing and not args.checkpoint:
         raise CommandError('Preprocessing flags go with --checkpoint, the weights of a tag have their own.')
+    if not args.dry_run:
+        check_token()
     export_args = dict(
         checkpoint=args.checkpoint, use_ema=args.use_ema, run_args=args.args, model_kwargs=args.model_kwargs,
         preprocessing=preprocessing, labels=args.labels, metrics=args.metrics, license=args.license)
