@@ -138,5 +138,5 @@ The same on ImageNet, with timm's own scripts:
       --opt-kwargs filter_bias_and_bn=False --smoothing 0 --color-jitter 0 --train-interpolation bilinear \\
       --interpolation bilinear --crop-pct 0.875
   python validate.py --data-dir /data/imagenet --model {model_name} --checkpoint output/train/RUN/model_best.pth.tar \\
-      --interpolation bilinear --crop-pct 0.875""")
+      --img-size 224 --interpolation bilinear --crop-pct 0.875""")
     return acc
