@@ -156,6 +156,8 @@ def cmd_push(args: argparse.Namespace) -> None:
         return
     with TemporaryDirectory() as folder:
         export(args.model, args.repo_id, Path(folder), **export_args)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        print(f'uploading {size / 1e6:.1f} MB to {args.repo_id}')  # with the Hub client's own progress bars
         url = upload(Path(folder), args.repo_id, args.private, args.force)
     print(f"pushed {url}\n\n  timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
 
