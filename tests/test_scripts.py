@@ -48,6 +48,7 @@ _RECIPE = shlex.split(
     '--weight-decay 1e-4 --opt-kwargs filter_bias_and_bn=False --smoothing 0 --color-jitter 0 '
     '--train-interpolation bilinear --interpolation bilinear --crop-pct 0.875'
 )
+_PREPROCESSING = _RECIPE[-4:]  # the default is that of the donor
 
 
 def _run(folder: Path, *args) -> subprocess.CompletedProcess:
@@ -238,7 +239,9 @@ def test_train_inductor(folder: Path):
 @pytest.mark.parametrize('options', ['', '--torchscript --channels-last'])
 def test_validate(options: str, folder: Path, trained: Path):
     result = _validate(
-        folder, 'output/recipe/last.pth.tar', '--use-ema', *options.split(), '--results-file', 'validate.csv')
+        folder, 'output/recipe/last.pth.tar', '--use-ema', *options.split(), *_PREPROCESSING,
+        '--results-file', 'validate.csv',
+    )
     assert result['model'] == 'rgse_resnet50'
     assert (result['img_size'], result['crop_pct'], result['interpolation']) == (64, 0.875, 'bilinear')
     # train.py reports the validation of the EMA model
@@ -290,7 +293,7 @@ def test_convert(folder: Path, trained: Path):
 def test_inference(folder: Path, trained: Path):
     pytest.importorskip('pandas')
     _run(
-        folder, 'inference.py', *_DATA, '--model', 'rgse_resnet50', *_MODEL, '--img-size', 64,
+        folder, 'inference.py', *_DATA, '--model', 'rgse_resnet50', *_MODEL, '--img-size', 64, *_PREPROCESSING,
         '--checkpoint', 'output/recipe/last.pth.tar', '--label-type', 'none', '--include-index', '--fullname',
         '--results-dir', 'inference', '--results-file', 'predictions', '--results-format', 'csv', 'json',
     )
