@@ -15,13 +15,9 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 import pytest
+from common import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = [
-    f'{family}_{backbone}'
-    for family in ('rgse', 'spse')
-    for backbone in ('resnet50', 'resnet101', 'resnet152', 'resnext50', 'resnext101')
-]
 
 # appended to a program: the models are known and the hook has left no trace
 CHECK = f"""

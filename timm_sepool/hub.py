@@ -233,7 +233,7 @@ def save_folder(
     """Write model.safetensors and config.json, for `hf-hub:`, `local-dir:` and transformers' timm wrapper.
 
     Args:
-        model: The network, maybe on the meta device but for its state dict.
+        model: The network.
         folder: Folder to write.
         model_args: Arguments it was created with.
         cfg: Preprocessing that replaces the one it inherits from a donor, see PREPROCESSING.
