@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm.utils import freeze
-from timm_sepool.squeeze import RGSEModule, SPSEModule, _pooling_matrix, spatial_weighted_sum
+from timm_sepool.squeeze import RGSEModule, SPSEModule, spatial_kernel, spatial_weighted_sum
 
 CHANNELS = 24
 MODULES = {
@@ -106,13 +106,25 @@ def test_half_precision(name: str, dtype: torch.dtype, memory_format: str, size)
     assert spatial_weighted_sum(x, [w.to(dtype) for w in weights]).dtype == dtype
 
 
-@pytest.mark.parametrize('height,width', [(1, 1), (7, 14), (100, 167), (56, 3)])
-def test_pooling_matrix_is_adaptive_pooling(height: int, width: int) -> None:
-    matrix, scale = _pooling_matrix(height, width, [1, 2, 4, 7], torch.device('cpu'), torch.float64)
-    assert torch.equal(matrix.bfloat16().double(), matrix)  # exact in every dtype
-    x = torch.randn(5, height, width, dtype=torch.float64)
-    expected = torch.cat([F.adaptive_avg_pool2d(x, g).flatten(1) for g in (1, 2, 4, 7)], dim=1)
-    torch.testing.assert_close(x.flatten(1) @ matrix.t() * scale, expected)
+@pytest.mark.parametrize('height,width', [(1, 1), (7, 7), (7, 14), (100, 167), (56, 3)])
+@pytest.mark.parametrize('grids', [(1, 2, 4), (8,)], ids=str)
+def test_spatial_kernel_is_the_gradient(grids, height: int, width: int) -> None:
+    """The weight of a position is how much the weighted sum changes with it."""
+    weights = [torch.randn(CHANNELS, 1, g, g, dtype=torch.float64) for g in grids]
+    x = torch.randn(1, CHANNELS, height, width, dtype=torch.float64, requires_grad=True)
+    s = sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=CHANNELS) for w in weights)
+    expected, = torch.autograd.grad(s.sum(), x)
+    torch.testing.assert_close(spatial_kernel(height, width, weights), expected[0].flatten(1))
+
+
+def test_spatial_kernel_under_autocast() -> None:
+    """No area is rounded to bfloat16, which would scale all of a grid alike."""
+    weights = [torch.rand(512, 1, g, g) for g in (1, 2, 4)]
+    expected = spatial_kernel(7, 7, weights)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = spatial_kernel(7, 7, weights)
+    assert got.dtype == torch.bfloat16
+    assert (got / expected).mean().item() == pytest.approx(1., abs=2e-4)
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
@@ -136,20 +148,22 @@ def test_layout_and_memory(name: str, size, memory_format: str) -> None:
     saved.pop(x.untyped_storage().data_ptr(), None)
     assert all(nbytes < x.untyped_storage().nbytes() for nbytes in saved.values())
 
-    incoming = []
+    copied, incoming = [], []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten.avg_pool2d_backward.default:
                 incoming.append(args[0].is_contiguous(memory_format=FORMATS[memory_format]))
-            elif func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default) and args[1].numel() > CHANNELS ** 2:
-                incoming.extend(a.is_contiguous() or a.mT.is_contiguous() or 0 in a.stride() for a in args[:2])
+            elif func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+                copied.append(args[0].numel())
             return func(*args, **(kwargs or {}))
 
     with Record():
+        gate = module.forward_gate(x)
         grad, = torch.autograd.grad(gate.sum(), x)
     assert grad.is_contiguous(memory_format=FORMATS[memory_format])
-    assert incoming and all(incoming)
+    assert all(incoming)
+    assert all(n < x.numel() for n in copied)
 
 
 @pytest.mark.parametrize('name', MODULES)

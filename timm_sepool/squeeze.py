@@ -13,7 +13,7 @@ Papers / References:
 Up to the fusion's norm the squeeze is linear in x: one weighted sum over the positions of each channel. So x is read
 once, whatever the number of grids, see `spatial_weighted_sum`.
 """
-from typing import List, Optional, Tuple, Type, Union
+from typing import List, Optional, Type, Union
 
 import torch
 import torch.fx
@@ -22,45 +22,61 @@ from torch import nn
 
 from timm.layers import create_act_layer, make_divisible
 
-__all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_weighted_sum']
+__all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_kernel', 'spatial_weighted_sum']
 
 # torch < 2.7 can't tell export from compile, there both take the form that serves export
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 
 
-def _axis_windows(size: int, grid: int, device: torch.device) -> torch.Tensor:
-    """Which of `size` positions each of `grid` adaptive pooling windows covers, bool (grid, size).
+def _any_size() -> bool:
+    """If the graph being recorded has to serve sizes other than its example's."""
+    if torch.jit.is_scripting():
+        return False
+    return torch.jit.is_tracing() or _is_exporting()
 
-    Window i runs from floor(i * size / grid) to ceil((i + 1) * size / grid). Built from arange, never from Python
+
+def _axis_windows(size: int, grids: List[int], device: torch.device) -> torch.Tensor:
+    """Which of `size` positions the adaptive pooling windows of each grid cover, bool (sum of grids, size).
+
+    Window i of g runs from floor(i * size / g) to ceil((i + 1) * size / g). Built from arange, never from Python
     numbers, so that an exported graph follows the size of its input.
     """
-    start = torch.arange(grid, device=device).unsqueeze(1)
     pos = torch.arange(size, device=device)
-    return (pos >= start * size // grid) & (pos < ((start + 1) * size + grid - 1) // grid)
+    windows: List[torch.Tensor] = []
+    for g in grids:
+        start = torch.arange(g, device=device).unsqueeze(1) * size
+        windows.append((pos >= start // g) & (pos < (start + size + g - 1) // g))
+    return torch.cat(windows)
 
 
-def _pooling_matrix(
-        height: int,
-        width: int,
-        grids: List[int],
-        device: torch.device,
-        dtype: torch.dtype,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Adaptive average pooling to several square grids as one matrix: matrix @ x * scale.
+def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torch.Tensor:
+    """What a squeeze looks at: the weight of every position in the sum over the weighted cells of all its grids.
+
+    Args:
+        height: Height H of the feature map.
+        width: Width W of the feature map.
+        weights: Depthwise kernels (C, 1, g, g) of adaptive average pooling to g x g cells.
 
     Returns:
-        matrix (cells, height * width) and scale (cells,). The matrix holds powers of two only, exact in every float
-        dtype (1 / 49 is off by 0.2 % in bfloat16) and close enough to 1 / area that float16 does not overflow.
+        (C, H * W)
     """
+    grids = [w.shape[-1] for w in weights]
+    device = weights[0].device
+    rows = _axis_windows(height, grids, device)
+    if not _any_size() and height == width:
+        cols = rows
+    else:
+        cols = _axis_windows(width, grids, device)
     cells: List[torch.Tensor] = []
-    for g in grids:
-        rows = _axis_windows(height, g, device)
-        cols = _axis_windows(width, g, device)
-        cells.append((rows[:, None, :, None] & cols[None, :, None, :]).reshape(g * g, height * width))
-    matrix = torch.cat(cells).to(dtype)
+    for r, c in zip(rows.split(grids), cols.split(grids)):
+        cells.append((r[:, None, :, None] & c[None, :, None, :]).flatten(2).flatten(0, 1))
+    weight = torch.cat([w.flatten(1) for w in weights], dim=1)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # an area is not exact in half precision
+    matrix = torch.cat(cells).to(weight.dtype)
     area = matrix.sum(1)
+    # 1 / area by way of a power of two, which autocast leaves exact where 1 / 49 would be off by 0.2 %
     power = 2. ** area.log2().floor()  # not exp2, which the TorchScript ONNX exporter lacks
-    return matrix / power.unsqueeze(1), power / area
+    return (weight * (power / area)) @ (matrix / power.unsqueeze(1))
 
 
 @torch.fx.wrap  # a leaf to fx, whose proxies can't take the branches
@@ -80,11 +96,8 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
     height, width = x.shape[-2:]
     grid = weights[-1].shape[-1]
     nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    any_size = torch.jit.is_tracing()
-    if not torch.jit.is_scripting():
-        any_size = any_size or _is_exporting()
 
-    if not any_size and height % grid == 0 and width % grid == 0:
+    if not _any_size() and height % grid == 0 and width % grid == 0:
         # the cells of the finest grid tile those of the others, whose weights are spread over it
         weight = weights[-1]
         for w in weights[:-1]:
@@ -97,18 +110,14 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         cells = F.avg_pool2d(x, (height // grid, width // grid))
         return (cells * weight).sum((2, 3), keepdim=True)
 
-    weight = torch.cat([w.flatten(1) for w in weights], dim=1)
-    dtype = torch.promote_types(weight.dtype, torch.float32)  # an area is not exact in half precision
-    matrix, scale = _pooling_matrix(height, width, [w.shape[-1] for w in weights], x.device, dtype)
-    matrix = matrix.to(x.dtype)
-    weight = weight * scale.to(weight.dtype)
+    # cheaper than pooling to cells that overlap: one product with the weight of every position
+    kernel = spatial_kernel(height, width, weights)
     x = x.flatten(2)
     if nhwc:
-        # batched over a view, where a single matmul would copy x (and its gradient) to channels_first
-        cells = torch.bmm(matrix.expand(x.shape[0], -1, -1), x.transpose(1, 2))
-        return (cells * weight.t()).sum(1).unsqueeze(-1).unsqueeze(-1)
-    cells = F.linear(x, matrix)
-    return (cells * weight).sum(2).unsqueeze(-1).unsqueeze(-1)
+        s = (x.transpose(1, 2) * kernel.t().contiguous()).sum(1)
+    else:
+        s = (x * kernel).sum(2)
+    return s.to(torch.promote_types(x.dtype, weights[-1].dtype)).unsqueeze(-1).unsqueeze(-1)
 
 
 class SEPoolModule(nn.Module):
