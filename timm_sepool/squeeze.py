@@ -107,7 +107,11 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         if nhwc:
             # else the gradient arrives in the other format and avg_pool2d's backward copies all of x
             weight = weight.contiguous(memory_format=torch.channels_last)
-        cells = F.avg_pool2d(x, (height // grid, width // grid))
+        if nhwc or width < 16:
+            cells = F.avg_pool2d(x, (height // grid, width // grid))
+        else:
+            # vectorized along the rows, where avg_pool2d goes window by window
+            cells = x.unflatten(2, (grid, height // grid)).mean(3).unflatten(3, (grid, width // grid)).mean(4)
         return (cells * weight).sum((2, 3), keepdim=True)
 
     # cheaper than pooling to cells that overlap: one product with the weight of every position
