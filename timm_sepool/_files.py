@@ -13,6 +13,14 @@ class CommandError(Exception):
     """Bad input to a subcommand. The message names the thing and the mend."""
 
 
+def check_new(path: Path) -> None:
+    """Raise CommandError if `path` exists or can't be written, before any work is done for it."""
+    if os.path.lexists(path):
+        raise CommandError(f'{path} exists and is left as it is. Choose another output or remove it first.')
+    if not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
+        raise CommandError(f'Can not write {path}: {path.parent} is no writable folder. Choose another output.')
+
+
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` for the body to write, renamed to `path` if the body succeeds.
@@ -21,10 +29,7 @@ def new_path(path: Path) -> Iterator[Path]:
         CommandError: If `path` exists or can't be written.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise CommandError(f'{path} exists and is left as it is. Choose another output or remove it first.')
-    if not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
-        raise CommandError(f'Can not write {path}: {path.parent} is no writable folder. Choose another output.')
+    check_new(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         try:

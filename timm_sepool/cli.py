@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from . import __version__
-from ._files import CommandError, new_path
+from ._files import CommandError, check_new, new_path
 
 
 def model_table() -> List[Dict[str, Any]]:
@@ -122,6 +122,27 @@ def cmd_quickstart(args: argparse.Namespace) -> None:
     quickstart(check_model(args.model), out=args.out, epochs=args.epochs, seed=args.seed)
 
 
+def cmd_bench(args: argparse.Namespace) -> None:
+    import torch
+
+    from .bench import DEFAULT_MODELS, MODES, bench, plot, table
+
+    size = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
+    if len(size) != 2:
+        raise CommandError(f'--img-size takes a side or height and width, got {len(size)} numbers.')
+    if args.plot:
+        check_new(args.plot)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report = bench(
+        args.models or list(DEFAULT_MODELS), args.peer, (args.mode,) if args.mode else MODES, args.batch_size,
+        tuple(size), args.device, args.compile, args.channels_last, args.amp, args.rounds, args.repeats, args.blocks,
+        args.model_kwargs)
+    if args.plot:
+        plot(report, args.plot)
+    print(json.dumps(report, indent=2) if args.json else table(report))
+
+
 def cmd_cards(args: argparse.Namespace) -> None:
     from .hub import default_cards
 
@@ -208,6 +229,31 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', type=int, default=0, help='random seed (default: %(default)s)')
     p.add_argument('--out', type=Path, help='folder to write (default: the first free sepool_quickstart[-N])')
     p.set_defaults(func=cmd_quickstart)
+
+    p = commands.add_parser('bench', help='speed and memory beside the peers, in one run and in turns')
+    p.add_argument(
+        'models', nargs='*', metavar='MODEL[+ATTN]',
+        help='any models of timm; NAME+cbam has that attention layer of timm, NAME+reference the block as the paper '
+        'writes it (default: both ResNet-50 and their peers)',
+    )
+    p.add_argument(
+        '--peer', default='seresnet50', metavar='MODEL[+ATTN]', help='the one compared to (default: %(default)s)')
+    p.add_argument('--mode', choices=('infer', 'train'), help='inference or training step (default: both)')
+    p.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images (default: %(default)s)')
+    p.add_argument('--img-size', type=int, nargs='+', default=[224], metavar='N', help='side, or height and width')
+    p.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
+    p.add_argument('--compile', action='store_true', help='torch.compile the networks')
+    p.add_argument('--channels-last', action='store_true', help='channels_last memory format')
+    p.add_argument('--amp', action='store_true', help='autocast to bfloat16')
+    p.add_argument('--rounds', type=int, default=7, metavar='N', help='measurements of each (default: %(default)s)')
+    p.add_argument('--repeats', type=int, default=1, metavar='N', help='steps a measurement (default: %(default)s)')
+    p.add_argument('--threads', type=int, metavar='N', help='CPU threads')
+    p.add_argument('--blocks', action='store_true', help='also everything after bn3 of one block a stage')
+    p.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE', help='for all models')
+    p.add_argument('--json', action='store_true', help='print JSON')
+    p.add_argument('--plot', type=Path, metavar='FILE', help='write a bar chart (PNG), must not exist')
+    p.set_defaults(func=cmd_bench)
 
     p = commands.add_parser('cards', help='the model cards of all default tags')
     p.add_argument('output', type=Path, metavar='OUT', help='folder to write, must not exist')
