@@ -1,0 +1,200 @@
+""" Other libraries build, train and run the networks by their timm names, with nothing imported but themselves
+
+Each test needs the real library (`pip install '.[test,ecosystem]'`) and is skipped without it.
+"""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from common import TINY, images, tiny
+
+from timm import create_model
+from timm_sepool.quickstart import MODEL_ARGS, load_digits
+
+
+def run(code: str) -> str:
+    """Run a program that never names this package."""
+    assert 'timm_sepool' not in code
+    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
+
+
+def digits():
+    """Digits (N, 1, 32, 32) in [-1, 1] and their labels."""
+    pil_images, labels = load_digits()
+    x = torch.stack([torch.from_numpy(np.array(i.resize((32, 32)))).float()[None] / 127.5 - 1 for i in pil_images])
+    return x, labels
+
+
+@pytest.mark.parametrize('family', ['rgse', 'spse'])
+def test_segmentation_models_pytorch(family: str) -> None:
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    out = run(f"""
+import segmentation_models_pytorch as smp
+import torch
+model = smp.Unet('tu-{family}_resnet50', encoder_weights=None, classes=3)
+out = model(torch.zeros(2, 3, 64, 96))
+out.square().mean().backward()
+print(tuple(out.shape), type(model.encoder.model.layer1[0].se).__name__)
+print(model.encoder.out_channels, model.encoder.model.layer1[0].se.fc1.weight.grad is not None)
+""")
+    assert out.split('\n')[:2] == [f'(2, 3, 64, 96) {family.upper()}Module', '[3, 64, 256, 512, 1024, 2048] True']
+
+    # a few steps on squares that are to be found
+    torch.manual_seed(0)
+    model = smp.FPN(f'tu-{family}_resnet50', encoder_weights=None, classes=1, **TINY)
+    x, mask = torch.randn(8, 3, 64, 64), torch.zeros(8, 1, 64, 64)
+    for i in range(8):
+        mask[i, :, 8 * (i % 4):8 * (i % 4) + 24, 16:48] = 1.
+    x = x * 0.3 + mask * 2.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = F.binary_cross_entropy_with_logits(model(x), mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0], losses
+
+
+@pytest.mark.parametrize('family', ['rgse', 'spse'])
+def test_fastai(family: str, tmp_path: Path) -> None:
+    pytest.importorskip('fastai')
+    pil_images, labels = load_digits()
+    for i in range(300):
+        folder = tmp_path / 'digits' / str(int(labels[i]))
+        folder.mkdir(parents=True, exist_ok=True)
+        pil_images[i].resize((32, 32)).save(folder / f'{i}.png')
+    out = run(f"""
+from fastai.vision.all import ImageDataLoaders, Resize, accuracy, set_seed, vision_learner
+set_seed(0)
+dls = ImageDataLoaders.from_folder({str(tmp_path / 'digits')!r}, valid_pct=0.2, seed=0, bs=32, num_workers=0,
+                                   item_tfms=Resize(32), device='cpu')
+learner = vision_learner(dls, '{family}_resnet50', pretrained=False, metrics=accuracy,
+                         layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
+with learner.no_bar(), learner.no_logging():
+    before = learner.validate()
+    learner.fit_one_cycle(8, 1e-2)
+    print(type(learner.model[0].model.layer1[0].se).__name__, before[1], learner.validate()[1])
+""")
+    name, before, after = out.split()[-3:]
+    assert name == f'{family.upper()}Module'
+    assert float(after) > max(0.5, float(before) + 0.2), out
+
+
+@pytest.mark.parametrize('family', ['rgse', 'spse'])
+def test_transformers(family: str) -> None:
+    pytest.importorskip('transformers')
+    out = run(f"""
+import torch
+from transformers import AutoBackbone, TimmBackboneConfig, TimmWrapperConfig, TimmWrapperForImageClassification
+config = TimmBackboneConfig(backbone='{family}_resnet50', use_pretrained_backbone=False, out_indices=(1, 4))
+backbone = AutoBackbone.from_config(config).eval()
+print([tuple(f.shape) for f in backbone(torch.zeros(1, 3, 64, 96)).feature_maps])
+config = TimmWrapperConfig(architecture='{family}_resnet50', num_labels=7)
+model = TimmWrapperForImageClassification(config).eval()
+print(tuple(model(torch.zeros(1, 3, 64, 96)).logits.shape), type(model.timm_model.layer1[0].se).__name__)
+""")
+    assert out.strip().split('\n')[-2:] == [
+        '[(1, 256, 16, 24), (1, 2048, 2, 3)]', f'(1, 7) {family.upper()}Module']
+
+
+@pytest.mark.parametrize('family', ['rgse', 'spse'])
+def test_lightning(family: str, tmp_path: Path) -> None:
+    """A LightningModule trains, its checkpoint loads back, and the weights load into a plain network."""
+    lightning = pytest.importorskip('lightning')
+    x, y = digits()
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = create_model(name, num_classes=10, **MODEL_ARGS)
+
+        def training_step(self, batch, _):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    lightning.seed_everything(0, verbose=False)
+    module = Classifier(f'{family}_resnet50')
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:1280], y[:1280]), 64, shuffle=True)
+    trainer = lightning.Trainer(
+        max_epochs=3, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path)
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(tmp_path / 'last.ckpt')
+    loaded = Classifier.load_from_checkpoint(tmp_path / 'last.ckpt', weights_only=False).eval()
+    logits = loaded.model(x[1280:])
+    assert torch.equal(logits, module.eval().model(x[1280:]))
+    assert (logits.argmax(1) == y[1280:]).float().mean() > 0.5
+
+
+def test_torchvision_feature_extractor() -> None:
+    extraction = pytest.importorskip('torchvision.models.feature_extraction')
+    model = tiny('rgse_resnet50')
+    x = images(2, 72, 96)
+    nodes = {'layer1.0.se.gate': 'gate', 'layer4': 'map'}
+    out = extraction.create_feature_extractor(model.train(), nodes).eval()(x)
+    gates = []
+    model.eval().layer1[0].se.gate.register_forward_hook(lambda module, args, output: gates.append(output))
+    torch.testing.assert_close(out['map'], model.forward_features(x))
+    torch.testing.assert_close(out['gate'], gates[0])
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
+@pytest.mark.parametrize('family', ['rgse', 'spse'])
+def test_onnxruntime_int8(family: str, tmp_path: Path, record_property) -> None:
+    """onnxruntime in float32, then quantized by its own tools (static, per channel): accuracy on held-out digits."""
+    pytest.importorskip('onnx')
+    ort = pytest.importorskip('onnxruntime')
+    quantization = pytest.importorskip('onnxruntime.quantization')
+    shape_inference = pytest.importorskip('onnxruntime.quantization.shape_inference')
+    x, y = digits()
+    train, test = slice(0, 1437), slice(1437, None)
+    model = create_model(f'{family}_resnet50', num_classes=10, **MODEL_ARGS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    steps = 5 * 22
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    for _ in range(5):
+        for batch in torch.randperm(1437)[:1408].split(64):
+            loss = F.cross_entropy(model(x[train][batch]), y[train][batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+    model.eval()
+
+    def accuracy(path: Path) -> float:
+        session = ort.InferenceSession(path, providers=['CPUExecutionProvider'])
+        logits = session.run(None, {session.get_inputs()[0].name: x[test].numpy()})[0]
+        if path.name == 'fp32.onnx':
+            with torch.no_grad():
+                torch.testing.assert_close(torch.from_numpy(logits), model(x[test]), rtol=1e-3, atol=1e-3)
+        return float((logits.argmax(1) == y[test].numpy()).mean())
+
+    torch.onnx.export(
+        model, (x[:2],), tmp_path / 'fp32.onnx', dynamo=False, input_names=['x'], opset_version=17,
+        dynamic_axes={'x': {0: 'batch'}})
+    shape_inference.quant_pre_process(tmp_path / 'fp32.onnx', tmp_path / 'pre.onnx')
+
+    class Reader(quantization.CalibrationDataReader):
+        batches = iter(x[train][:256].split(64))
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {'x': batch.numpy()}
+
+    quantization.quantize_static(tmp_path / 'pre.onnx', tmp_path / 'int8.onnx', Reader(), per_channel=True)
+    fp32, int8 = accuracy(tmp_path / 'fp32.onnx'), accuracy(tmp_path / 'int8.onnx')
+    sizes = [(tmp_path / f'{n}.onnx').stat().st_size for n in ('fp32', 'int8')]
+    print(f'\n{family}: fp32 {100 * fp32:.2f} %, int8 {100 * int8:.2f} %, {sizes[0]} and {sizes[1]} bytes')
+    assert fp32 > 0.9 and int8 > fp32 - 0.03
+    assert sizes[1] < 0.5 * sizes[0]
