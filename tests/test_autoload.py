@@ -27,6 +27,7 @@ import torch
 names = {NAMES}
 assert sorted(timm.list_models(['*gse_*', 'spse_*'])) == sorted(names), timm.list_models(['*gse_*', 'spse_*'])
 assert sorted(timm.list_models(module='sepool_resnet')) == sorted(names)
+assert timm.list_models(module='adopted') == ['adopted']
 assert all(timm.is_model(name) for name in names)
 with torch.device('meta'):
     for name in ('rgse_resnet50', 'spse_resnet50'):
@@ -39,7 +40,7 @@ assert type(timm.models.__loader__) is type(timm.models.__spec__.loader) is type
 CHECK_UNKNOWN = f"""
 import timm
 assert not timm.list_models(['*gse_*', 'spse_*'])
-assert not any(timm.is_model(name) for name in {NAMES})
+assert not any(timm.is_model(name) for name in {[*NAMES, 'adopted']})
 """
 
 
@@ -102,6 +103,7 @@ def test_import_timm(first: str, tmp_path: Path) -> None:
     'from timm_sepool import SPSEModule',
     'from timm_sepool.squeeze import RGSEModule',
     'from timm_sepool.sepool_resnet import SEPoolResNet',
+    'from timm_sepool.adopted import adopt',
 ])
 def test_import_ours_first(first: str, autoload: bool, tmp_path: Path) -> None:
     """Our modules import timm, which imports our modules."""

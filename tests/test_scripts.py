@@ -221,6 +221,47 @@ def test_after_training(hub: HubServer, folder: Path, trained: Path):
         assert used[key] == validated[key]
 
 
+def test_adopted(folder: Path):
+    """A base's weights, trained and validated with another squeeze, also from a checkpoint of the adopted model."""
+    base = realistic(timm.create_model('regnety_002', num_classes=_CLASSES))
+    torch.save(base.state_dict(), folder / 'base.pth')
+    model = [
+        '--device', 'cpu', '--model', 'adopted', '--num-classes', _CLASSES, '-b', 8, '--img-size', 64,
+        '--model-kwargs', 'base=regnety_002', 'squeeze=rgse',
+    ]
+    train = ['train.py', *_DATA, *model, '--output', 'output', '--warmup-epochs', 0, '--experiment']
+    _run(
+        folder, *train, 'adopted', '--epochs', 2, '--pretrained', '--pretrained-path', 'base.pth', '--lr', 0.01,
+        '--model-ema', '--amp', '--amp-dtype', 'bfloat16', '--channels-last')
+    run = folder / 'output' / 'adopted'
+    assert [row['epoch'] for row in _summary(run)] == ['0', '1']
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    assert checkpoint['arch'] == 'adopted'
+    weights = checkpoint['state_dict']
+    squeezes = {k: v for k, v in weights.items() if '.squeeze.' in k}
+    assert sorted(v.shape[-1] for v in squeezes.values()) == [2, 2, 2, 2, 4, 8]
+    assert all(v.abs().max() > 0 for v in squeezes.values())
+    # the base's norms had seen 1000 batches, this run's two epochs were 3 each
+    assert weights['stem.bn.num_batches_tracked'] == 1006
+
+    validate = ['validate.py', *_DATA, *model, '--checkpoint', 'output/adopted/last.pth.tar']
+    result = _result(_run(folder, *validate))
+    assert result['model'] == 'adopted'
+    assert _result(_run(folder, *validate, '--torchscript'))['top1'] == result['top1']
+    ema = _result(_run(folder, *validate, '--use-ema'))
+    assert ema['top1'] == pytest.approx(float(_summary(run)[-1]['eval_top1']), abs=1e-3)
+
+    # from the adopted weights: nothing moves at this rate
+    torch.save(weights, folder / 'adopted.pth')
+    _run(folder, *train, 'again', '--epochs', 1, '--pretrained', '--pretrained-path', 'adopted.pth', '--lr', 1e-12)
+    again = torch.load(folder / 'output' / 'again' / 'last.pth.tar', weights_only=False)['state_dict']
+    for k, v in squeezes.items():
+        torch.testing.assert_close(again[k], v)
+    process = _try(folder, 'validate.py', *_DATA, '--device', 'cpu', '--model', 'adopted')
+    assert process.returncode != 0
+    assert 'ValueError: The model adopted needs a base' in process.stderr
+
+
 def test_train_inductor(folder: Path):
     if not shutil.which(os.environ.get('CXX', 'g++')):
         pytest.skip('inductor needs a C++ compiler')

@@ -13,6 +13,7 @@ _PUBLIC = {
     'SEPoolBottleneck': 'sepool_resnet',
     'SEPoolResNet': 'sepool_resnet',
     'checkpoint_filter_fn': 'sepool_resnet',
+    'adopt': 'adopted',
 }
 __all__ = ['__version__', *_PUBLIC]
 

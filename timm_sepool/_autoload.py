@@ -11,7 +11,7 @@ import threading
 import warnings
 
 _TRIGGER = 'timm.models'
-_MODELS = 'timm_sepool.sepool_resnet'
+_MODELS = ('timm_sepool.sepool_resnet', 'timm_sepool.adopted')
 
 
 def install() -> None:
@@ -25,10 +25,11 @@ def install() -> None:
 
 
 def _register() -> None:
-    if _MODELS in sys.modules:
-        return  # registered, or about to be by its importer, maybe a thread that waits for the timm.models of this one
     try:
-        importlib.import_module(_MODELS)
+        for name in _MODELS:
+            # else registered, or about to be by its importer, maybe a thread that waits for the timm.models of this one
+            if name not in sys.modules:
+                importlib.import_module(name)
     except Exception as e:
         message = f'timm_sepool could not register its models, timm works without them: {type(e).__name__}: {e}'
         try:
