@@ -14,6 +14,9 @@ _PUBLIC = {
     'SEPoolResNet': 'sepool_resnet',
     'checkpoint_filter_fn': 'sepool_resnet',
     'adopt': 'adopted',
+    'plot_gates': 'plot',
+    'plot_kernels': 'plot',
+    'plot_descriptors': 'plot',
 }
 __all__ = ['__version__', *_PUBLIC]
 

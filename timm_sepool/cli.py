@@ -154,6 +154,11 @@ def cmd_cards(args: argparse.Namespace) -> None:
     print(f'wrote {len(cards)} cards to {args.output}')
 
 
+def _preprocessing(args: argparse.Namespace) -> Dict[str, Any]:
+    flags = ('img_size', 'interpolation', 'crop_pct', 'mean', 'std')
+    return {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+
+
 def cmd_push(args: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
@@ -161,8 +166,7 @@ def cmd_push(args: argparse.Namespace) -> None:
 
     check_model(args.model)
     check_repo_id(args.repo_id)
-    flags = ('img_size', 'interpolation', 'crop_pct', 'mean', 'std')
-    preprocessing = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+    preprocessing = _preprocessing(args)
     if preprocessing and not args.checkpoint:
         raise CommandError('Preprocessing flags go with --checkpoint, the weights of a tag have their own.')
     if not args.dry_run:
@@ -183,6 +187,41 @@ def cmd_push(args: argparse.Namespace) -> None:
     print(f"pushed {url}\n\n  timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
 
 
+def cmd_plot(args: argparse.Namespace) -> None:
+    from . import plot
+
+    out = args.out or Path(f'{args.kind}.png')
+    plot.new_figure(1, 1)  # says early if matplotlib is missing
+    if out.suffix not in ('.png', '.pdf', '.svg'):
+        raise CommandError(f'{out} has to be named .png, .pdf or .svg.')
+    with new_path(out) as temporary:
+        model, cfg = plot.load_model(args.model, args.checkpoint, args.use_ema, args.model_kwargs, _preprocessing(args))
+        try:
+            if args.kind == 'kernels':
+                figure = plot.plot_kernels(model, cfg['input_size'])
+            else:
+                plot.last_squeezes(model)  # says early if there is none
+                num_images = {'gates': 500, 'descriptors': 4}[args.kind] if args.num_images is None else args.num_images
+                images, labels, class_names = plot.load_images(args.data, cfg, num_images, args.class_map)
+                if args.kind == 'gates':
+                    unknown = set(args.classes or ()) - set(class_names)
+                    if unknown:
+                        raise CommandError(f'{args.data} has no class {", ".join(sorted(unknown))}.')
+                    classes = [class_names.index(name) for name in args.classes] if args.classes else None
+                    figure = plot.plot_gates(model, images, labels, class_names, classes)
+                else:
+                    if len(class_names) == model.num_classes:
+                        class_names = plot.network_class_names(model) or class_names
+                    else:
+                        print(f'{args.data} has {len(class_names)} classes, the network {model.num_classes}: no labels')
+                        labels, class_names = None, plot.network_class_names(model)
+                    figure = plot.plot_descriptors(model, images, labels, class_names, cfg['mean'], cfg['std'])
+        except ValueError as e:
+            raise CommandError(str(e)) from e
+        figure.savefig(temporary, format=out.suffix[1:])
+    print(f'wrote {out}')
+
+
 class _ModelKwargs(argparse.Action):
     """key=value pairs, parsed by timm's own action once it is needed."""
 
@@ -192,6 +231,14 @@ class _ModelKwargs(argparse.Action):
             ParseKwargs([option_string], self.dest)(parser, namespace, values)
         except ValueError as e:
             raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {" ".join(values)}') from e
+
+
+def _add_preprocessing(p: argparse.ArgumentParser) -> None:
+    p.add_argument('--img-size', type=int, metavar='N', help='validation image size')
+    p.add_argument('--interpolation', metavar='NAME', help='validation interpolation')
+    p.add_argument('--crop-pct', type=float, metavar='N', help='validation crop')
+    p.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='normalization mean')
+    p.add_argument('--std', type=float, nargs='+', metavar='STD', help='normalization std')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -255,6 +302,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--plot', type=Path, metavar='FILE', help='write a bar chart (PNG), must not exist')
     p.set_defaults(func=cmd_bench)
 
+    p = commands.add_parser('plot', help='pictures of what the squeeze looks at and of what the gates do')
+    p.add_argument(
+        'kind', choices=('gates', 'kernels', 'descriptors'),
+        help='mean gate of every channel by class; weight of every position in the squeeze; pooled cells over images',
+    )
+    p.add_argument('model', metavar='MODEL', help='architecture[.tag], folder, or hf-hub:USER/NAME')
+    p.add_argument('--checkpoint', type=Path, help='trained weights, by default those of MODEL')
+    p.add_argument('--use-ema', action='store_true', help='take the EMA weights of the checkpoint')
+    p.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE', help='model arguments')
+    p.add_argument('--data', default='digits', help="folder of images by class, or 'digits' (default: %(default)s)")
+    p.add_argument('--class-map', default='', metavar='FILE', help="classes of the folder, as for timm's scripts")
+    p.add_argument(
+        '--num-images', type=int, metavar='N',
+        help='images to take, spread evenly over the data (default: gates 500, descriptors 4)')
+    p.add_argument('--classes', nargs='+', metavar='NAME', help='classes to draw gates of (default: up to five)')
+    _add_preprocessing(p)
+    p.add_argument('--out', type=Path, metavar='FILE', help='.png, .pdf or .svg, must not exist (default: KIND.png)')
+    p.set_defaults(func=cmd_plot)
+
     p = commands.add_parser('cards', help='the model cards of all default tags')
     p.add_argument('output', type=Path, metavar='OUT', help='folder to write, must not exist')
     p.set_defaults(func=cmd_cards)
@@ -269,11 +336,7 @@ def _parser() -> argparse.ArgumentParser:
         '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
         help='model arguments, if there is no args.yaml',
     )
-    p.add_argument('--img-size', type=int, metavar='N', help='validation image size')
-    p.add_argument('--interpolation', metavar='NAME', help='validation interpolation')
-    p.add_argument('--crop-pct', type=float, metavar='N', help='validation crop')
-    p.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='normalization mean')
-    p.add_argument('--std', type=float, nargs='+', metavar='STD', help='normalization std')
+    _add_preprocessing(p)
     p.add_argument('--labels', type=Path, metavar='FILE', help='class names, one a line')
     p.add_argument('--metrics', type=Path, metavar='FILE', help='results file (CSV) of validate.py, for the card')
     p.add_argument('--license', default='apache-2.0', help='license of trained weights (default: %(default)s)')

@@ -252,6 +252,31 @@ def save_folder(
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
 
 
+def read_run_args(
+        path: Path,
+        arch: str,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Read the args.yaml of a training run.
+
+    Returns:
+        The run's arguments and its model arguments under `model_kwargs`.
+
+    Raises:
+        CommandError: If it is none, or of another architecture.
+    """
+    try:
+        arguments = yaml.safe_load(path.read_text())
+        trained_as = str(arguments['model'])
+        global_pool = {'global_pool': arguments['gp']} if arguments.get('gp') else {}  # train.py's --gp
+        model_kwargs = {**global_pool, **(arguments.get('model_kwargs') or {}), **(model_kwargs or {})}
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as e:
+        raise CommandError(f'{path} is no args.yaml of train.py: {type(e).__name__}') from e
+    if ':' not in trained_as and get_arch_name(trained_as) != arch:  # hf-hub:, local-dir: tell at the load
+        raise CommandError(f'{path} is of a training of {trained_as}, not of {arch}.')
+    return arguments, model_kwargs
+
+
 def training_preprocessing(
         model: torch.nn.Module,
         run_args: Optional[Dict[str, Any]],
@@ -343,15 +368,7 @@ def export(
         yaml_path = run_args or checkpoint.with_name('args.yaml')
         arguments = None
         if run_args or yaml_path.is_file():
-            try:
-                arguments = yaml.safe_load(yaml_path.read_text())
-                trained_as = str(arguments['model'])
-                global_pool = {'global_pool': arguments['gp']} if arguments.get('gp') else {}  # train.py's --gp
-                model_kwargs = {**global_pool, **(arguments.get('model_kwargs') or {}), **(model_kwargs or {})}
-            except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as e:
-                raise CommandError(f'{yaml_path} is no args.yaml of train.py: {type(e).__name__}') from e
-            if ':' not in trained_as and get_arch_name(trained_as) != arch:  # hf-hub:, local-dir: tell at the load
-                raise CommandError(f'{yaml_path} is of a training of {trained_as}, not of {arch}.')
+            arguments, model_kwargs = read_run_args(yaml_path, arch, model_kwargs)
         model, kwargs = load_trained(arch, checkpoint, use_ema, model_kwargs)
         cfg = training_preprocessing(model, arguments, preprocessing or {}, checkpoint)
         cfg['license'] = license
