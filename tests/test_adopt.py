@@ -5,6 +5,7 @@ ADOPT_FULL=1.
 """
 import copy
 import io
+import itertools
 import json
 import os
 import pickle
@@ -117,8 +118,8 @@ def assert_same_weights(got: nn.Module, expected: nn.Module) -> None:
     assert all(torch.equal(got[k], expected[k]) for k in got)
 
 
-def check_architecture(name: str, **args) -> int:
-    """Replacement, grids and parameters of both squeezes by formula. Returns the number of SE modules."""
+def check_architecture(name: str, squeezes: Tuple[str, ...] = ('rgse', 'spse'), **args) -> int:
+    """Replacement, grids and parameters by formula, on the meta device. Returns the number of SE modules."""
     try:
         with torch.device('meta'):
             original = timm.create_model(name, **args)
@@ -134,7 +135,7 @@ def check_architecture(name: str, **args) -> int:
     sizes = map_sizes(original, original.pretrained_cfg['input_size'])
     assert sizes.keys() == modules.keys(), name
     params = sum(p.numel() for p in original.parameters())
-    for squeeze in ('rgse', 'spse'):
+    for squeeze in squeezes:
         grids = {path: next(g for g in range(1, 99) if size[0] < 7 * g + 3.5) for path, size in sizes.items()}
         if squeeze == 'rgse' and max(grids.values()) == 1:
             with pytest.raises(ValueError, match='all grids would be 1 x 1'):
@@ -162,8 +163,9 @@ def test_architectures() -> None:
     full = bool(os.environ.get('ADOPT_FULL'))
     names = timm.list_models() if full else list(FAMILIES)
     counts = {
-        name: check_architecture(name, **({} if full else FAMILIES[name]))
-        for name in names if name not in (*NAMES, 'adopted')}
+        name: check_architecture(name, **({} if full else dict(FAMILIES[name], squeezes=(squeeze,))))
+        for name, squeeze in zip(names, itertools.cycle(['rgse', 'spse']))
+        if name not in (*NAMES, 'adopted')}
     found = [name for name, count in counts.items() if count]
     print(f'{len(found)} of {len(counts)} architectures, {sum(counts.values())} SE modules')
     assert set(found) >= FAMILIES.keys()
@@ -173,13 +175,11 @@ def test_architectures() -> None:
 
 def test_grids_of_the_paper() -> None:
     """The shapes of our own networks, which are the official code's."""
-    with torch.device('meta'):
-        for backbone, ours in (('seresnet50', 'resnet50'), ('seresnext101_32x4d', 'resnext101')):
-            for family in ('rgse', 'spse'):
-                model = timm.create_model('adopted', base=backbone, squeeze=family)
-                paper = timm.create_model(f'{family}_{ours}')
-                got = {k.replace('.squeeze', ''): p.shape for k, p in squeeze_weights(model).items()}
-                assert got == {k: p.shape for k, p in paper.named_parameters() if '.se.weight' in k}
+    for family in ('rgse', 'spse'):
+        model = timm.create_model('adopted', base='seresnet50', squeeze=family, layers=(1, 1, 1, 1))
+        paper = timm.create_model(f'{family}_resnet50', layers=(1, 1, 1, 1))
+        got = {k.replace('.squeeze', ''): p.shape for k, p in squeeze_weights(model).items()}
+        assert got == {k: p.shape for k, p in paper.named_parameters() if '.se.weight' in k}
 
 
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -399,6 +399,7 @@ def test_saved_model(where: str, hub: HubServer, tmp_path: Path) -> None:
     # timm >= 1.0.31 saves the arguments by itself, older timm the given ones
     save_for_hf(model, tmp_path, model_args={k: v for k, v in args.items() if k != 'num_classes'},
                 safe_serialization=True)
+    assert not hasattr(timm.models, 'get_model_args') or timm.models.get_model_args(model).items() >= args.items()
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['architecture'] == 'adopted'
     assert (config['model_args']['base'], config['model_args']['squeeze']) == ('seresnet50', 'spse')
@@ -518,16 +519,14 @@ def test_torchscript_and_fx(squeeze: str, base: str, args: Dict[str, Any]) -> No
             assert_same(graph(images(2, *size)), model(images(2, *size)))
 
 
-@pytest.mark.parametrize('squeeze, se', [
-    ('rgse', SEModule(16, rd_channels=8)),
-    ('spse', SqueezeExcite(16)),
-    ('rgse', SENetSEModule(16, reduction=4)),
-], ids=['SEModule', 'SqueezeExcite', 'SENet'])
-def test_compile_and_export(squeeze: str, se: nn.Module) -> None:
-    """No graph break, in eval and train mode, and one exported program for every size."""
-    se = copy.deepcopy(se)
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), se, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+@pytest.mark.parametrize('squeeze', ['rgse', 'spse'])
+def test_compile_and_export(squeeze: str) -> None:
+    """All three classes: no graph break, in eval and train mode, and one exported program for every size."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), SEModule(16, rd_channels=8), SqueezeExcite(16), SENetSEModule(16, reduction=4),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     learned(adopt(model, squeeze, (3, 28, 28))).eval()
+    assert len(squeeze_weights(model)) == (3 if squeeze == 'rgse' else 9)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.no_grad():
@@ -649,6 +648,10 @@ def test_bad_modules() -> None:
                 adopt(model)
         model = timm.create_model('resnet26', block_args=dict(attn_layer=OtherSE))
         with pytest.raises(ValueError, match='layer1.0.se of ResNet is a OtherSE'):
+            adopt(model)
+        model = timm.create_model('seresnet18')
+        model.unused = SEModule(16)
+        with pytest.raises(ValueError, match="unused of ResNet is not run by the model's forward"):
             adopt(model)
         model = adopt(timm.create_model('seresnet18'))
         for squeeze in ('rgse', 'spse'):

@@ -185,6 +185,12 @@ def _map_sizes(model: nn.Module, modules: List[nn.Module], input_size: Tuple[int
             hook.remove()
         for module, training in modes:
             module.training = training
+    if len(sizes) < len(modules):
+        path = next(path for path, module in model.named_modules() if module in modules and module not in sizes)
+        raise ValueError(
+            f"{path} of {type(model).__name__} is not run by the model's forward, so its map has no size. Adopt the "
+            "whole model, or use squeeze='spse'."
+        )
     return [sizes[module] for module in modules]
 
 
@@ -204,8 +210,8 @@ def adopt(
             or `SEModule` of timm's SENets. On any device, the meta device too, and of any float dtype.
         squeeze: 'rgse', one cell per 7x7 window of the module's map at input_size, or 'spse', 1x1 + 2x2 + 4x4 cells.
         input_size: Input (C, H, W) that the grids are made for, by default that of the model's pretrained_cfg. The
-            adopted model takes every size all the same. The model is run once, without touching its weights or
-            statistics, on the meta device.
+            adopted model takes every size all the same. For RGSE the model is run once, hooks and all, on the meta
+            device, which touches neither weights nor statistics.
 
     Returns:
         The model.
@@ -219,13 +225,16 @@ def adopt(
     if input_size is None:
         chans, *size = getattr(model, 'pretrained_cfg', {}).get('input_size', PretrainedCfg.input_size)
         input_size = (getattr(model, 'in_chans', chans), *size)
-    # cells per side, of as many windows as fit into the map if it is not square
-    grids = [max(1, round((height * width) ** 0.5 / 7)) for height, width in _map_sizes(model, modules, input_size)]
-    if squeeze == 'rgse' and max(grids) == 1:
-        raise ValueError(
-            f'No SE block of {type(model).__name__} has a map larger than 10 x 10 at input_size={tuple(input_size)}, '
-            "so all grids would be 1 x 1. Use squeeze='spse' or a larger input_size."
-        )
+    grids = [1] * len(modules)
+    if squeeze == 'rgse':
+        # cells per side, of as many windows as fit into the map if it is not square
+        grids = [max(1, round((height * width) ** 0.5 / 7)) for height, width in _map_sizes(model, modules, input_size)]
+        if max(grids) == 1:
+            raise ValueError(
+                f'No SE block of {type(model).__name__} has a map larger than 10 x 10 at '
+                f"input_size={tuple(input_size)}, so all grids would be 1 x 1. Use squeeze='spse' or a larger "
+                'input_size.'
+            )
     for module, grid in zip(modules, grids):
         fc = next(m for m in module.children() if isinstance(m, nn.Conv2d))
         dd = {'device': fc.weight.device, 'dtype': fc.weight.dtype}
