@@ -13,7 +13,7 @@ Papers / References:
 Up to the fusion's norm the squeeze is linear in x: one weighted sum over the positions of each channel. So x is read
 once, whatever the number of grids, see `spatial_weighted_sum`.
 """
-from typing import List, Optional, Type, Union
+from typing import List, Optional, Tuple, Type, Union
 
 import torch
 import torch.fx
@@ -49,6 +49,16 @@ def _axis_windows(size: int, grids: List[int], device: torch.device) -> torch.Te
     return torch.cat(windows)
 
 
+def _power_of_two(windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Windows (n, size) of zeros and ones over a power of two near their length, and the scale (n,) to their mean.
+
+    Autocast leaves powers of two exact, where 1 / 49 would be off by 0.2 %.
+    """
+    length = windows.sum(1)
+    power = 2. ** length.log2().floor()  # not exp2, which the TorchScript ONNX exporter lacks
+    return windows / power.unsqueeze(1), power / length
+
+
 def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torch.Tensor:
     """What a squeeze looks at: the weight of every position in the sum over the weighted cells of all its grids.
 
@@ -62,21 +72,27 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
     """
     grids = [w.shape[-1] for w in weights]
     device = weights[0].device
+    # an area is not exact in half precision
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
     rows = _axis_windows(height, grids, device)
     if not _any_size() and height == width:
         cols = rows
     else:
         cols = _axis_windows(width, grids, device)
+
+    if len(grids) == 1:
+        # axis by axis, the windows of all cells would be a matrix (g * g, H * W)
+        rows, row_scale = _power_of_two(rows.to(dtype))
+        cols, col_scale = _power_of_two(cols.to(dtype))
+        weight = weights[0].to(dtype).squeeze(1) * (row_scale.unsqueeze(1) * col_scale)
+        kernel = (weight.transpose(1, 2).flatten(0, 1) @ rows).unflatten(0, (-1, grids[0])).transpose(1, 2)
+        return (kernel.flatten(0, 1) @ cols).reshape(-1, height * width)
+
     cells: List[torch.Tensor] = []
     for r, c in zip(rows.split(grids), cols.split(grids)):
         cells.append((r[:, None, :, None] & c[None, :, None, :]).flatten(2).flatten(0, 1))
-    weight = torch.cat([w.flatten(1) for w in weights], dim=1)
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # an area is not exact in half precision
-    matrix = torch.cat(cells).to(weight.dtype)
-    area = matrix.sum(1)
-    # 1 / area by way of a power of two, which autocast leaves exact where 1 / 49 would be off by 0.2 %
-    power = 2. ** area.log2().floor()  # not exp2, which the TorchScript ONNX exporter lacks
-    return (weight * (power / area)) @ (matrix / power.unsqueeze(1))
+    matrix, scale = _power_of_two(torch.cat(cells).to(dtype))
+    return (torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype) * scale) @ matrix
 
 
 @torch.fx.wrap  # a leaf to fx, whose proxies can't take the branches
