@@ -1,6 +1,6 @@
 """ Other libraries build, train and run the networks by their timm names, with nothing imported but themselves
 
-Each test needs the real library (`pip install '.[test,ecosystem]'`) and is skipped without it.
+With the real libraries only (`pip install '.[test,ecosystem]'`), skipped without them.
 """
 import subprocess
 import sys
@@ -14,6 +14,8 @@ from common import TINY, images, tiny
 
 from timm import create_model
 from timm_sepool.quickstart import MODEL_ARGS, load_digits
+
+smp = pytest.importorskip('segmentation_models_pytorch')
 
 
 def run(code: str) -> str:
@@ -33,7 +35,6 @@ def digits():
 
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
 def test_segmentation_models_pytorch(family: str) -> None:
-    smp = pytest.importorskip('segmentation_models_pytorch')
     out = run(f"""
 import segmentation_models_pytorch as smp
 import torch
@@ -65,7 +66,6 @@ print(model.encoder.out_channels, model.encoder.model.layer1[0].se.fc1.weight.gr
 
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
 def test_fastai(family: str, tmp_path: Path) -> None:
-    pytest.importorskip('fastai')
     pil_images, labels = load_digits()
     for i in range(300):
         folder = tmp_path / 'digits' / str(int(labels[i]))
@@ -90,7 +90,6 @@ with learner.no_bar(), learner.no_logging():
 
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
 def test_transformers(family: str) -> None:
-    pytest.importorskip('transformers')
     out = run(f"""
 import torch
 from transformers import AutoBackbone, TimmBackboneConfig, TimmWrapperConfig, TimmWrapperForImageClassification
@@ -108,7 +107,7 @@ print(tuple(model(torch.zeros(1, 3, 64, 96)).logits.shape), type(model.timm_mode
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
 def test_lightning(family: str, tmp_path: Path) -> None:
     """A LightningModule trains, its checkpoint loads back, and the weights load into a plain network."""
-    lightning = pytest.importorskip('lightning')
+    import lightning
     x, y = digits()
 
     class Classifier(lightning.LightningModule):
@@ -138,11 +137,12 @@ def test_lightning(family: str, tmp_path: Path) -> None:
 
 
 def test_torchvision_feature_extractor() -> None:
-    extraction = pytest.importorskip('torchvision.models.feature_extraction')
+    from torchvision.models.feature_extraction import create_feature_extractor
+
     model = tiny('rgse_resnet50')
     x = images(2, 72, 96)
     nodes = {'layer1.0.se.gate': 'gate', 'layer4': 'map'}
-    out = extraction.create_feature_extractor(model.train(), nodes).eval()(x)
+    out = create_feature_extractor(model.train(), nodes).eval()(x)
     gates = []
     model.eval().layer1[0].se.gate.register_forward_hook(lambda module, args, output: gates.append(output))
     torch.testing.assert_close(out['map'], model.forward_features(x))
@@ -151,12 +151,12 @@ def test_torchvision_feature_extractor() -> None:
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
-def test_onnxruntime_int8(family: str, tmp_path: Path, record_property) -> None:
+def test_onnxruntime_int8(family: str, tmp_path: Path) -> None:
     """onnxruntime in float32, then quantized by its own tools (static, per channel): accuracy on held-out digits."""
-    pytest.importorskip('onnx')
-    ort = pytest.importorskip('onnxruntime')
-    quantization = pytest.importorskip('onnxruntime.quantization')
-    shape_inference = pytest.importorskip('onnxruntime.quantization.shape_inference')
+    import onnxruntime as ort
+    from onnxruntime import quantization
+    from onnxruntime.quantization import shape_inference
+
     x, y = digits()
     train, test = slice(0, 1437), slice(1437, None)
     model = create_model(f'{family}_resnet50', num_classes=10, **MODEL_ARGS)

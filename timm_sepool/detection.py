@@ -1,0 +1,206 @@
+""" Object detection and instance segmentation: torchvision's Faster R-CNN and Mask R-CNN on a timm backbone with FPN
+
+Detector, FPN and heads are torchvision's own and the backbone is any timm network of sequential stages, so networks
+differ in nothing but the backbone, as in the paper's COCO experiments. Parameters have torchvision's names: on timm's
+`resnet50` its COCO checkpoints load.
+
+torchvision's reference scripts take our detectors unmodified, by `fasterrcnn_` or `maskrcnn_` and a timm model name:
+
+    python -m timm_sepool.detection train.py --model fasterrcnn_rgse_resnet50 --weights-backbone DEFAULT ...
+    torchrun --nproc_per_node 8 -m timm_sepool.detection train.py ...
+
+Papers / References:
+- `Delving deep into spatial pooling for squeeze-and-excitation networks`
+    (Jin et al., Pattern Recognition 121, 2022) - https://doi.org/10.1016/j.patcog.2021.108159
+- `Feature Pyramid Networks for Object Detection` - https://arxiv.org/abs/1612.03144
+- `Mask R-CNN` - https://arxiv.org/abs/1703.06870
+"""
+import runpy
+import sys
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, Optional, Type
+
+import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from timm import create_model, list_models
+from timm.layers import freeze_batch_norm_2d
+from timm.utils import freeze
+
+__all__ = ['faster_rcnn', 'mask_rcnn', 'register_detectors']
+
+
+class _FPNBackbone(nn.Module):
+    """Features at strides 4, 8, 16 and 32 and an FPN over them, with the names of torchvision's detectors."""
+
+    def __init__(self, body: nn.Module, out_channels: int = 256):
+        super().__init__()
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), out_channels, extra_blocks=LastLevelMaxPool())
+        self.out_channels = out_channels
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Map x (B, C, H, W) to '0', '1', '2', '3' at strides 4 to 32 and 'pool' at 64, 256 channels each."""
+        features: Dict[str, torch.Tensor] = OrderedDict()
+        for i, feature in enumerate(self.body(x)):
+            features[str(i)] = feature
+        return self.fpn(features)
+
+
+def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs) -> nn.Module:
+    """Feature extractor with frozen norms and stages, raises as `faster_rcnn`."""
+    if isinstance(trainable_layers, bool) or trainable_layers not in range(6):
+        raise ValueError(f'trainable_layers must be an integer from 0 to 5, got {trainable_layers!r}.')
+    what = f'Detection needs a backbone of four NCHW stages in sequence at strides 4, 8, 16 and 32, {backbone}'
+    try:
+        body = create_model(backbone, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
+    except (AssertionError, IndexError) as e:  # timm's, for an index out of range
+        raise ValueError(f'{what} gives none: {e}') from e
+    strides = body.feature_info.reduction()
+    if strides != [4, 8, 16, 32]:
+        raise ValueError(f'{what} has its last features at strides {strides}.')
+    if not hasattr(body, 'return_layers') or body.output_fmt != 'NCHW':
+        raise ValueError(f'{what} has branches or another layout ({type(body).__name__}).')
+
+    if freeze_bn:
+        body = freeze_batch_norm_2d(body)
+    if trainable_layers < 5:
+        # children are in the order of use, a stage ends at the child that returns its features
+        children = [name for name, _ in body.named_children()]
+        last = [children.index(name) for name in body.return_layers]
+        stem_and_stages = [last[0], *(i + 1 for i in last)]
+        freeze(body, children[:stem_and_stages[4 - trainable_layers]])
+    return body
+
+
+def _create_detector(
+        detector: Type[FasterRCNN],
+        backbone: str,
+        num_classes: int = 91,
+        pretrained: bool = False,
+        trainable_layers: int = 3,
+        freeze_bn: bool = True,
+        backbone_kwargs: Optional[Dict[str, Any]] = None,
+        **kwargs,
+) -> FasterRCNN:
+    body = _create_body(backbone, trainable_layers, freeze_bn, pretrained=pretrained, **(backbone_kwargs or {}))
+    cfg = body.pretrained_cfg
+    kwargs = {'image_mean': list(cfg['mean']), 'image_std': list(cfg['std']), **kwargs}
+    return detector(_FPNBackbone(body), num_classes, **kwargs)
+
+
+def faster_rcnn(
+        backbone: str,
+        num_classes: int = 91,
+        pretrained: bool = False,
+        trainable_layers: int = 3,
+        freeze_bn: bool = True,
+        backbone_kwargs: Optional[Dict[str, Any]] = None,
+        **kwargs,
+) -> FasterRCNN:
+    """Constructs torchvision's Faster R-CNN with FPN on a timm backbone.
+
+    Images are normalized with mean and std of the backbone's pretrained cfg. The defaults are for fine-tuning
+    pretrained weights, and train on one image per device; training from scratch needs `trainable_layers=5` and
+    `freeze_bn=False`, as frozen norms of an untrained network do nothing (or zero a branch).
+
+    Args:
+        backbone: Model name as timm.create_model takes it, with or without tag, also `hf-hub:` and `local-dir:`.
+        num_classes: Number of classes, the background included.
+        pretrained: Load the backbone's pretrained weights.
+        trainable_layers: How many of stem and four stages train, counted from the last stage: 0 none, 5 all. The
+            others are frozen, norm statistics included.
+        freeze_bn: Fix affine parameters and statistics of all batch norms of the backbone.
+        backbone_kwargs: Further arguments for the backbone.
+        **kwargs: Arguments of torchvision's FasterRCNN, such as min_size and max_size (px).
+
+    Raises:
+        ValueError: If trainable_layers is out of range or the backbone has no four stages at strides 4 to 32.
+    """
+    return _create_detector(
+        FasterRCNN, backbone, num_classes, pretrained, trainable_layers, freeze_bn, backbone_kwargs, **kwargs)
+
+
+def mask_rcnn(
+        backbone: str,
+        num_classes: int = 91,
+        pretrained: bool = False,
+        trainable_layers: int = 3,
+        freeze_bn: bool = True,
+        backbone_kwargs: Optional[Dict[str, Any]] = None,
+        **kwargs,
+) -> MaskRCNN:
+    """Constructs torchvision's Mask R-CNN with FPN on a timm backbone. Arguments and errors as `faster_rcnn`."""
+    return _create_detector(
+        MaskRCNN, backbone, num_classes, pretrained, trainable_layers, freeze_bn, backbone_kwargs, **kwargs)
+
+
+def _build(
+        detector: Type[FasterRCNN],
+        model_name: str,
+        *,
+        weights: Optional[str] = None,
+        weights_backbone: Optional[str] = None,
+        trainable_backbone_layers: Optional[int] = None,
+        num_classes: Optional[int] = None,
+        backbone_kwargs: Optional[Dict[str, Any]] = None,
+        **kwargs,
+) -> FasterRCNN:
+    """Builder with the arguments of torchvision's own, see `register_detectors`."""
+    if weights is not None:
+        raise ValueError(f'There are no weights {weights!r}: no trained detectors on timm backbones are published.')
+    backbone = model_name
+    is_trained = weights_backbone is not None
+    if is_trained and weights_backbone != 'DEFAULT':
+        if weights_backbone.startswith(('hf-hub:', 'local-dir:')):
+            backbone = weights_backbone
+        elif Path(weights_backbone).is_file():
+            backbone_kwargs = dict(backbone_kwargs or {}, pretrained_cfg_overlay=dict(file=weights_backbone))
+        else:
+            backbone = f'{model_name}.{weights_backbone}'
+    if trainable_backbone_layers is None:
+        trainable_backbone_layers = 3 if is_trained else 5
+    model = _create_detector(
+        detector, backbone, num_classes or 91, is_trained, trainable_backbone_layers, is_trained, backbone_kwargs,
+        **kwargs)
+    architecture = model.backbone.body.pretrained_cfg['architecture']
+    if architecture != model_name:
+        raise ValueError(f'{weights_backbone} holds {architecture}, not {model_name}.')
+    return model
+
+
+def register_detectors() -> None:
+    """Register `fasterrcnn_NAME` and `maskrcnn_NAME` for every timm model NAME, for `torchvision.models.get_model`.
+
+    The builders take torchvision's arguments. `weights_backbone` is None, 'DEFAULT' for the model's default pretrained
+    tag, another tag of it, a checkpoint file, or the `hf-hub:` or `local-dir:` name of such a model. Without it
+    everything trains from scratch, norms included, as in torchvision's builders. Can be called again.
+    """
+    # Private, as of torchvision 0.29: it has a public registry to read from, but none to write to.
+    from torchvision.models._api import BUILTIN_MODELS, register_model
+
+    for name in list_models():
+        for prefix, detector in (('fasterrcnn', FasterRCNN), ('maskrcnn', MaskRCNN)):
+            if f'{prefix}_{name}' not in BUILTIN_MODELS:
+                register_model(f'{prefix}_{name}')(partial(_build, detector, name))
+
+
+def main() -> None:
+    """Register the detectors and run a script, as `python SCRIPT ARGUMENTS` does."""
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+        print(
+            'usage: python -m timm_sepool.detection SCRIPT [ARGUMENT ...]\n'
+            "SCRIPT has to be a file, such as torchvision's references/detection/train.py.", file=sys.stderr)
+        sys.exit(2)
+    register_detectors()
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()
