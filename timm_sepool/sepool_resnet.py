@@ -78,6 +78,11 @@ class SEPoolBottleneck(Bottleneck):
 
 class SEPoolResNet(ResNet):
     """timm's ResNet with the official code's initialization of SPSE / RGSE networks."""
+    _is_built = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._is_built = True
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:
@@ -91,11 +96,12 @@ class SEPoolResNet(ResNet):
         """
         def _init(module: nn.Module) -> None:
             if isinstance(module, squeeze.SEPoolModule):
-                module.init_weights()
+                if self._is_built:  # else its constructor just did
+                    module.init_weights()
                 return
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-            elif hasattr(module, 'reset_parameters'):
+            elif self._is_built and hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)

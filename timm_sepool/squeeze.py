@@ -183,11 +183,13 @@ class SEPoolModule(nn.Module):
 
     def init_weights(self) -> None:
         """Initialize as the official code does: torch's default for every weight, zero for every bias."""
-        for fc in (self.fc1, self.fc2):
-            fc.reset_parameters()
-            nn.init.zeros_(fc.bias)
-        if hasattr(self.bn, 'reset_parameters'):
-            self.bn.reset_parameters()
+        for module in (self.bn, self.fc1, self.fc2):
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+        self._init_own()
+
+    def _init_own(self) -> None:
+        """What torch's layers do not do for themselves."""
         for name, param in self.named_parameters(recurse=False):
             if name.startswith('weight'):
                 # torch's default for a depthwise conv of this kernel, uniform in +-1 / sqrt(fan_in)
@@ -195,6 +197,8 @@ class SEPoolModule(nn.Module):
                 nn.init.uniform_(param, -bound, bound)
             else:
                 nn.init.zeros_(param)
+        nn.init.zeros_(self.fc1.bias)
+        nn.init.zeros_(self.fc2.bias)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -259,7 +263,7 @@ class SPSEModule(SEPoolModule):
         self.bias2 = nn.Parameter(torch.empty(channels, **dd))
         self.weight4 = nn.Parameter(torch.empty(channels, 1, 4, 4, **dd))
         self.bias4 = nn.Parameter(torch.empty(channels, **dd))
-        self.init_weights()
+        self._init_own()
 
     def squeeze(self, x: torch.Tensor) -> torch.Tensor:
         """Squeeze x (B, C, H, W) to one fused descriptor per channel (B, C, 1, 1)."""
@@ -303,7 +307,7 @@ class RGSEModule(SEPoolModule):
         super().__init__(channels, norm_layer=norm_layer if grid > 1 else None, **kwargs, **dd)
         self.grid = grid
         self.weight = nn.Parameter(torch.empty(channels, 1, grid, grid, **dd)) if grid > 1 else None
-        self.init_weights()
+        self._init_own()
 
     def extra_repr(self) -> str:
         return f'grid={self.grid}'
