@@ -1,6 +1,6 @@
 """ Other libraries build, train and run the networks by their timm names, with nothing imported but themselves
 
-With the real libraries only (`pip install '.[test,ecosystem]'`), skipped without them.
+With the real libraries (`pip install '.[test,ecosystem]'`), each test is skipped without its own.
 """
 import subprocess
 import sys
@@ -14,8 +14,6 @@ from common import TINY, images, tiny
 
 from timm import create_model
 from timm_sepool.quickstart import MODEL_ARGS, load_digits
-
-smp = pytest.importorskip('segmentation_models_pytorch')
 
 
 def run(code: str) -> str:
@@ -35,6 +33,7 @@ def digits():
 
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
 def test_segmentation_models_pytorch(family: str) -> None:
+    smp = pytest.importorskip('segmentation_models_pytorch')
     out = run(f"""
 import segmentation_models_pytorch as smp
 import torch
@@ -66,6 +65,7 @@ print(model.encoder.out_channels, model.encoder.model.layer1[0].se.fc1.weight.gr
 
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
 def test_fastai(family: str, tmp_path: Path) -> None:
+    pytest.importorskip('fastai')
     pil_images, labels = load_digits()
     for i in range(300):
         folder = tmp_path / 'digits' / str(int(labels[i]))
@@ -90,6 +90,7 @@ with learner.no_bar(), learner.no_logging():
 
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
 def test_transformers(family: str) -> None:
+    pytest.importorskip('transformers')
     out = run(f"""
 import torch
 from transformers import AutoBackbone, TimmBackboneConfig, TimmWrapperConfig, TimmWrapperForImageClassification
@@ -107,7 +108,7 @@ print(tuple(model(torch.zeros(1, 3, 64, 96)).logits.shape), type(model.timm_mode
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
 def test_lightning(family: str, tmp_path: Path) -> None:
     """A LightningModule trains, its checkpoint loads back, and the weights load into a plain network."""
-    import lightning
+    lightning = pytest.importorskip('lightning')
     x, y = digits()
 
     class Classifier(lightning.LightningModule):

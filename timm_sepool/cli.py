@@ -201,21 +201,16 @@ def cmd_plot(args: argparse.Namespace) -> None:
                 figure = plot.plot_kernels(model, cfg['input_size'])
             else:
                 plot.last_squeezes(model)  # says early if there is none
-                num_images = {'gates': 500, 'descriptors': 4}[args.kind] if args.num_images is None else args.num_images
-                images, labels, class_names = plot.load_images(args.data, cfg, num_images, args.class_map)
+                num_images = {'gates': 50, 'descriptors': 4}[args.kind] if args.num_images is None else args.num_images
+                images, labels, class_names = plot.load_images(
+                    args.data, cfg, num_images, args.class_map, args.kind == 'gates', args.classes)
                 if args.kind == 'gates':
-                    unknown = set(args.classes or ()) - set(class_names)
-                    if unknown:
-                        raise CommandError(f'{args.data} has no class {", ".join(sorted(unknown))}.')
-                    classes = [class_names.index(name) for name in args.classes] if args.classes else None
-                    figure = plot.plot_gates(model, images, labels, class_names, classes)
+                    figure = plot.plot_gates(model, images, labels, class_names)
                 else:
-                    if len(class_names) == model.num_classes:
-                        class_names = plot.network_class_names(model) or class_names
-                    else:
-                        print(f'{args.data} has {len(class_names)} classes, the network {model.num_classes}: no labels')
-                        labels, class_names = None, plot.network_class_names(model)
-                    figure = plot.plot_descriptors(model, images, labels, class_names, cfg['mean'], cfg['std'])
+                    names = plot.network_class_names(model)
+                    if names is None and len(class_names) == model.num_classes:
+                        names = class_names
+                    figure = plot.plot_descriptors(model, images, labels, class_names, names, cfg['mean'], cfg['std'])
         except ValueError as e:
             raise CommandError(str(e)) from e
         figure.savefig(temporary, format=out.suffix[1:])
@@ -316,8 +311,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--class-map', default='', metavar='FILE', help="classes of the folder, as for timm's scripts")
     p.add_argument(
         '--num-images', type=int, metavar='N',
-        help='images to take, spread evenly over the data (default: gates 500, descriptors 4)')
-    p.add_argument('--classes', nargs='+', metavar='NAME', help='classes to draw gates of (default: up to five)')
+        help='images to take: gates of each class (default 50), descriptors of all (default 4)')
+    p.add_argument('--classes', nargs='+', metavar='NAME', help='classes to draw gates of (default: five)')
     _add_preprocessing(p)
     p.add_argument('--out', type=Path, metavar='FILE', help='.png, .pdf or .svg, must not exist (default: KIND.png)')
     p.set_defaults(func=cmd_plot)

@@ -15,6 +15,7 @@ Papers / References:
 - `Feature Pyramid Networks for Object Detection` - https://arxiv.org/abs/1612.03144
 - `Mask R-CNN` - https://arxiv.org/abs/1703.06870
 """
+import argparse
 import runpy
 import sys
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from timm import create_model, list_models
 from timm.layers import freeze_batch_norm_2d
+from timm.models import load_state_dict
 from timm.utils import freeze
 
 __all__ = ['faster_rcnn', 'mask_rcnn', 'register_detectors']
@@ -53,7 +55,7 @@ class _FPNBackbone(nn.Module):
 
 def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs) -> nn.Module:
     """Feature extractor with frozen norms and stages, raises as `faster_rcnn`."""
-    if isinstance(trainable_layers, bool) or trainable_layers not in range(6):
+    if type(trainable_layers) is not int or trainable_layers not in range(6):
         raise ValueError(f'trainable_layers must be an integer from 0 to 5, got {trainable_layers!r}.')
     what = f'Detection needs a backbone of four NCHW stages in sequence at strides 4, 8, 16 and 32, {backbone}'
     try:
@@ -64,7 +66,9 @@ def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs
     if strides != [4, 8, 16, 32]:
         raise ValueError(f'{what} has its last features at strides {strides}.')
     if not hasattr(body, 'return_layers') or body.output_fmt != 'NCHW':
-        raise ValueError(f'{what} has branches or another layout ({type(body).__name__}).')
+        output_fmt = getattr(body, 'output_fmt', 'NCHW')
+        layout = 'branches' if output_fmt == 'NCHW' else f'{output_fmt} features'
+        raise ValueError(f'{what} has {layout} ({type(body).__name__}).')
 
     if freeze_bn:
         body = freeze_batch_norm_2d(body)
@@ -90,6 +94,9 @@ def _create_detector(
     body = _create_body(backbone, trainable_layers, freeze_bn, pretrained=pretrained, **(backbone_kwargs or {}))
     cfg = body.pretrained_cfg
     kwargs = {'image_mean': list(cfg['mean']), 'image_std': list(cfg['std']), **kwargs}
+    chans = (backbone_kwargs or {}).get('in_chans', cfg['input_size'][0])
+    if {len(kwargs['image_mean']), len(kwargs['image_std'])} != {chans}:
+        raise ValueError(f'The backbone takes images of {chans} channels. Give image_mean and image_std of as many.')
     return detector(_FPNBackbone(body), num_classes, **kwargs)
 
 
@@ -159,9 +166,16 @@ def _build(
         if weights_backbone.startswith(('hf-hub:', 'local-dir:')):
             backbone = weights_backbone
         elif Path(weights_backbone).is_file():
-            backbone_kwargs = dict(backbone_kwargs or {}, pretrained_cfg_overlay=dict(file=weights_backbone))
-        else:
+            overlay = dict(file=weights_backbone)
+            classifier = load_state_dict(weights_backbone).get('fc.weight')
+            if classifier is not None:
+                overlay['num_classes'] = len(classifier)
+            backbone_kwargs = dict(backbone_kwargs or {}, pretrained_cfg_overlay=overlay)
+        elif f'{model_name}.{weights_backbone}' in list_models(f'{model_name}.*', include_tags=True):
             backbone = f'{model_name}.{weights_backbone}'
+        else:
+            raise ValueError(
+                f'{weights_backbone} is neither a file nor a tag of {model_name}. DEFAULT is its default tag.')
     if trainable_backbone_layers is None:
         trainable_backbone_layers = 3 if is_trained else 5
     model = _create_detector(
@@ -197,6 +211,8 @@ def main() -> None:
             "SCRIPT has to be a file, such as torchvision's references/detection/train.py.", file=sys.stderr)
         sys.exit(2)
     register_detectors()
+    # the reference script saves its arguments in its checkpoints, and then can't load them
+    torch.serialization.add_safe_globals([argparse.Namespace])
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name='__main__')

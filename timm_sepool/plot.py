@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset
-from timm.models import create_model, get_arch_name, is_model
+from timm.models import create_model, get_arch_name, is_model, list_models, load_checkpoint
 
 from ._files import CommandError, first_line
 from .hub import load_trained, read_run_args, training_preprocessing
@@ -109,7 +109,8 @@ def observe(model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, List[
 
     def see_gate(name: str, gate: torch.Tensor) -> None:
         if gate.ndim != 4 or gate.shape[2:] != (1, 1):
-            raise ValueError(f'{name} ({type(modules[name]).__name__}) does not gate whole channels.')
+            raise ValueError(
+                f'{name} ({type(modules[name]).__name__}) has no gates (B, C, 1, 1), but {tuple(gate.shape)}.')
         gates[name].append(gate.flatten(1).float().cpu())
 
     handles = []
@@ -125,13 +126,18 @@ def observe(model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, List[
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        logits = torch.cat([
-            model(batch.to(param.device, param.dtype)).float().cpu() for batch in images.split(BATCH_SIZE)])
+        outputs = [model(batch.to(param.device, param.dtype)) for batch in images.split(BATCH_SIZE)]
+        if not torch.is_tensor(outputs[0]):
+            raise ValueError(f'{type(model).__name__} puts out features, a network that classifies is needed.')
+        logits = torch.cat([output.float().cpu() for output in outputs])
     finally:
         for module, mode in training.items():
             module.training = mode
         for handle in handles:
             handle.remove()
+    unused = [name for name in modules if not gates[name] or not cells[name]]
+    if unused:
+        raise ValueError(f'{unused[0]} ({type(modules[unused[0]]).__name__}) is no SE module that uses its gate layer.')
     return logits, [
         Squeeze(name, module, sizes[name], torch.cat(cells[name]), torch.cat(gates[name]))
         for name, module in modules.items()]
@@ -145,7 +151,7 @@ def _class_name(class_names: Optional[Sequence[str]], index: int) -> str:
 
 
 def _check_labels(labels: Any, num_images: int) -> torch.Tensor:
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels).cpu()
     if labels.shape != (num_images,):
         raise ValueError(f'There are {num_images} images, so labels has to be ({num_images},), not {labels.shape}.')
     return labels
@@ -206,7 +212,8 @@ def plot_gates(
         ax.set_visible(False)
     for ax in axes[::cols]:
         ax.set_ylabel('mean gate')
-    figure.suptitle(f'Mean gate of every channel by class, {len(images)} images')
+    least = min(int((labels == c).sum()) for c in present)
+    figure.suptitle(f'Mean gate of every channel by class, {len(images)} images, {least} or more of each class')
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc='outside lower center', ncols=3)
     return figure
@@ -291,6 +298,7 @@ def plot_descriptors(
         images: torch.Tensor,
         labels: Optional[torch.Tensor] = None,
         class_names: Optional[Sequence[str]] = None,
+        prediction_names: Optional[Sequence[str]] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
 ):
@@ -304,7 +312,8 @@ def plot_descriptors(
         model: A network with SE modules.
         images: Preprocessed images (N, C, H, W), a few.
         labels: Class of each image, (N,), if known.
-        class_names: Name of each class, its number if None.
+        class_names: Name of each class of labels, its number if None.
+        prediction_names: Name of each class of the network, its number if None.
         mean: Mean that the preprocessing subtracted, by default that of the network's pretrained_cfg.
         std: Standard deviation that it divided by.
 
@@ -320,6 +329,8 @@ def plot_descriptors(
     mean, std = (
         torch.as_tensor(model.pretrained_cfg[key] if value is None else value).view(-1, 1, 1)
         for key, value in (('mean', mean), ('std', std)))
+    if {len(mean), len(std)} != {images.shape[1]}:
+        raise ValueError(f'mean and std are of {len(mean)} channels, the images of {images.shape[1]}.')
     pictures = (images.cpu().float() * std + mean).clamp(0, 1)
     height, width = pictures.shape[-2:]
     heats = [(s.cells * s.gate[:, :, None, None]).mean(1) for s in squeezes]
@@ -336,7 +347,7 @@ def plot_descriptors(
         if probabilities is not None:
             prediction = int(probabilities[i].argmax())
             percent = 100 * probabilities[i, prediction].item()
-            text += [f'predicted {_class_name(class_names, prediction)}', f'({percent:.0f} %)']
+            text += [f'predicted {_class_name(prediction_names, prediction)}', f'({percent:.0f} %)']
         row[0].set_ylabel('\n'.join(text), fontsize='small')
         for ax in row:
             ax.imshow(
@@ -403,7 +414,15 @@ def load_model(
         arch = get_arch_name(name)
         if checkpoint.with_name('args.yaml').is_file():
             run_args, model_kwargs = read_run_args(checkpoint.with_name('args.yaml'), arch, model_kwargs)
-        model, _ = load_trained(arch, checkpoint, use_ema, model_kwargs)
+        if arch in list_models(module='sepool_resnet'):
+            model, _ = load_trained(arch, checkpoint, use_ema, model_kwargs)
+        else:
+            try:
+                model_kwargs = {'num_classes': run_args.get('num_classes') or 1000, **(model_kwargs or {})}
+                model = create_model(arch, **model_kwargs)
+                load_checkpoint(model, str(checkpoint), use_ema=use_ema)
+            except Exception as e:  # timm's and torch's
+                raise CommandError(f'{checkpoint} can not be loaded as a {arch}: {first_line(e)}') from e
     cfg = training_preprocessing(model, run_args, preprocessing or {}, checkpoint or name)
     chans = {cfg['input_size'][0], len(cfg['mean']), len(cfg['std'])}
     if chans != {model.in_chans}:
@@ -430,17 +449,21 @@ def load_images(
         cfg: Dict[str, Any],
         num_images: int,
         class_map: str = '',
+        by_class: bool = False,
+        classes: Optional[Sequence[str]] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, List[str]]:
     """Images spread evenly over a data set.
 
     Args:
         data: Folder of one folder per class, or 'digits' for scikit-learn's, the 360 that quickstart holds out.
         cfg: Preprocessing.
-        num_images: Images to take at most.
+        num_images: Images to take at most, of each class if by_class.
         class_map: File of a folder's classes, as for timm's scripts.
+        by_class: Take images of some classes only.
+        classes: Names of these, by default five spread evenly.
 
     Returns:
-        Preprocessed images (N, C, H, W), labels (N,) and class names.
+        Preprocessed images (N, C, H, W), labels (N,) and the names of all classes.
 
     Raises:
         CommandError: If the data can't be read.
@@ -454,11 +477,11 @@ def load_images(
     transform = create_transform(**cfg)
     if data == 'digits':
         from .quickstart import load_digits
-        pil_images, targets = load_digits()
+        pil_images, labels = load_digits()
         start = len(pil_images) * 4 // 5
+        targets = labels[start:].tolist()
         dataset = [
-            (transform(image.convert(modes[chans])), int(target))
-            for image, target in zip(pil_images[start:], targets[start:])]
+            (transform(image.convert(modes[chans])), target) for image, target in zip(pil_images[start:], targets)]
         class_names = [str(i) for i in range(10)]
     else:
         if not Path(data).is_dir():
@@ -468,9 +491,20 @@ def load_images(
         except (OSError, RuntimeError, ValueError, AssertionError) as e:
             raise CommandError(f'{data} is no folder of images by class: {first_line(e)}') from e
         dataset.transform = transform
+        targets = [target for _, target in dataset.reader.samples]
         class_to_idx = dataset.reader.class_to_idx
         class_names = sorted(class_to_idx, key=class_to_idx.get)
-    indices = torch.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).long().tolist()
+
+    groups = [range(len(targets))]
+    if by_class:
+        present = [class_names[target] for target in sorted(set(targets))]
+        missing = sorted(set(classes or ()) - set(present))
+        if missing:
+            raise CommandError(f'{data} has no image of class {", ".join(missing)}.')
+        classes = classes or present[::math.ceil(len(present) / 5)]
+        groups = [[i for i, target in enumerate(targets) if class_names[target] == name] for name in classes]
+    indices = [
+        group[i] for group in groups for i in torch.linspace(0, len(group) - 1, min(num_images, len(group))).long()]
     try:
         images, labels = zip(*(dataset[i] for i in indices))
     except (OSError, RuntimeError, ValueError) as e:

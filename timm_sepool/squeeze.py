@@ -85,8 +85,10 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
         rows, row_scale = _power_of_two(rows.to(dtype))
         cols, col_scale = _power_of_two(cols.to(dtype))
         weight = weights[0].to(dtype).squeeze(1) * (row_scale.unsqueeze(1) * col_scale)
-        kernel = (weight.transpose(1, 2).flatten(0, 1) @ rows).unflatten(0, (-1, grids[0])).transpose(1, 2)
-        return (kernel.flatten(0, 1) @ cols).reshape(-1, height * width)
+        channels, grid = weight.shape[:2]
+        kernel = weight.transpose(1, 2).reshape(channels * grid, grid) @ rows
+        kernel = kernel.reshape(channels, grid, height).transpose(1, 2).reshape(channels * height, grid) @ cols
+        return kernel.reshape(channels, height * width)
 
     cells: List[torch.Tensor] = []
     for r, c in zip(rows.split(grids), cols.split(grids)):
