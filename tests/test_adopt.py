@@ -675,3 +675,47 @@ def test_bad_adopted(tmp_path: Path) -> None:
         timm.create_model(
             'adopted', True, base='seresnet50', num_classes=3, **TINY,
             pretrained_cfg_overlay=dict(file=str(tmp_path / 'spse.pth')))
+
+
+@pytest.mark.parametrize('squeeze', ['rgse', 'spse'])
+def test_shared_modules(squeeze: str) -> None:
+    """A module that is registered twice keeps its values, a tied weight stays tied."""
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            act, se = nn.PReLU(16), SEModule(16, rd_channels=8)
+            self.layers = nn.Sequential(nn.Conv2d(3, 16, 1), act, se, nn.Conv2d(16, 16, 1), act, se)
+            self.tied = nn.Conv2d(16, 16, 1)
+            self.tied.weight = self.layers[3].weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tied(self.layers(x))
+
+    model = Net()
+    nn.init.normal_(model.layers[1].weight)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(2, 3, 56, 56)
+    expected = model(x)
+    adopt(model, squeeze, input_size=(3, 56, 56))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert model.layers[2] is model.layers[5] and model.tied.weight is model.layers[3].weight
+    assert torch.equal(model(x), expected)
+
+
+def test_wrapped() -> None:
+    with pytest.raises(ValueError, match='before it is wrapped in DataParallel'):
+        adopt(nn.DataParallel(timm.create_model('seresnet50', layers=(1, 1, 1, 1))))
+
+
+def test_saved_in_place(tmp_path) -> None:
+    """A model that was adopted in place and saved does not come back without its squeezes: the error names the mend."""
+    model = adopt(timm.create_model('seresnet50', layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), num_classes=5))
+    save_for_hf(model, tmp_path / 'folder', safe_serialization=True)
+    with pytest.raises(ValueError, match='needs a base'):
+        timm.create_model(f'local-dir:{tmp_path}/folder', pretrained=True, num_classes=3)
+
+
+@pytest.mark.parametrize('feature_cls', ['hook', 'fx'])
+def test_other_feature_extractors(feature_cls: str) -> None:
+    with pytest.raises(ValueError, match='is not supported for adopted models'):
+        timm.create_model('adopted', base='seresnet50', features_only=True, feature_cls=feature_cls)

@@ -1,6 +1,7 @@
 """ The benchmark as a program: what it counts and reports, not how fast anything is """
 import json
 import statistics
+from contextlib import nullcontext
 
 import pytest
 import reference
@@ -56,12 +57,13 @@ def test_networks() -> None:
 
 
 def test_interleave() -> None:
-    """Every round takes all, the one that warms up does not count and the order rotates."""
+    """Every round takes all once, the one that warms up does not count and the order changes."""
     calls, now = [], iter(range(1000))
     times = interleave(
-        {k: lambda k=k: calls.append(k) for k in 'abc'}, lambda step, n: (step(), float(next(now)))[1], 3, 1)
-    assert [''.join(calls[i:i + 3]) for i in range(0, len(calls), 3)] == ['cab', 'abc', 'bca', 'cab']
-    assert times == {'a': [3., 8., 10.], 'b': [4., 6., 11.], 'c': [5., 7., 9.]}
+        {k: lambda k=k: calls.append(k) for k in 'abcd'}, lambda step, n: (step(), float(next(now)))[1], 8, 1)
+    rounds = [''.join(calls[i:i + 4]) for i in range(0, len(calls), 4)]
+    assert len(rounds) == 9 and {''.join(sorted(r)) for r in rounds} == {'abcd'} and len(set(rounds)) > 3
+    assert times == {k: [4. * i + rounds[i].index(k) for i in range(1, 9)] for k in 'abcd'}
 
 
 def test_summary() -> None:
@@ -107,6 +109,63 @@ def test_report() -> None:
     assert json.loads(json.dumps(report))['blocks'] == report['blocks']
     text = table(report)
     assert all(m in text for m in ('seresnet50', 'rgse_resnet50', 'resnet50+eca', 'channels_last', 'amp', '32 x 32'))
+
+
+def test_steps() -> None:
+    """Inference leaves no gradient, a training step has gradients and the optimizer's state, weights stay."""
+    model = create_network('rgse_resnet50', **TINY, num_classes=3)
+    assert all((m.weight == 1).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert (create_network('seresnet50', **TINY).layer1[0].bn3.weight == 1).all()
+    before = model.conv1.weight.detach().clone()
+    x = images(4, 32, 32)
+    bench_module._step(model.eval(), x, 'infer', nullcontext)()
+    assert model.conv1.weight.grad is None
+    steps = []
+    original = torch.optim.SGD.step
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch.optim.SGD, 'step', lambda self: (steps.append(self), original(self)))
+        bench_module._step(model.train(), x, 'train', nullcontext)()
+    assert model.conv1.weight.grad.abs().sum() > 0 and model.layer4[0].se.fc2.weight.grad is not None
+    assert len(steps) == 1 and steps[0].state[model.conv1.weight]['momentum_buffer'].abs().sum() > 0
+    assert torch.equal(model.conv1.weight, before)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('spec', ['seresnet50', 'rgse_resnet50', 'spse_resnet50+reference', 'resnet50+cbam'])
+def test_block_is_all_after_bn3(spec: str, memory_format, monkeypatch) -> None:
+    tensors = []
+    original = torch.randn
+    monkeypatch.setattr(torch, 'randn', lambda *a, **k: (tensors.append(original(*a, **k)), tensors[-1])[1])
+    block = create_network(spec, **TINY).layer2[-1]
+    like = images(1, 8, 8).to(memory_format=memory_format)
+    tensors.clear()
+    out = bench_module._block_step(block, (3, 128, 14, 14), 'infer', like, nullcontext)()
+    x, shortcut, _ = tensors
+    block.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(out, (block.se(x) + shortcut).relu())
+    assert out.is_contiguous(memory_format=memory_format)
+    tensors.clear()
+    grad = bench_module._block_step(block, (3, 128, 14, 14), 'train', like, nullcontext)()
+    x, shortcut, cotangent = (t.detach().requires_grad_() for t in tensors)
+    block.train()
+    expected, = torch.autograd.grad((block.se(x) + shortcut).relu(), x, cotangent)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_roofline(monkeypatch) -> None:
+    """By hand: 4 passes forward at the bandwidth of a copy, which are 2, and 10 forward and backward."""
+    class Clock:
+        def __init__(self, device) -> None:
+            pass
+
+        def __call__(self, step, repeats: int) -> float:
+            step()
+            return 3. if getattr(getattr(step, 'func', None), '__name__', '') == 'copy_' else 12.
+
+    monkeypatch.setattr(bench_module, '_Clock', Clock)
+    for row in run(blocks=True, rounds=1)['blocks']:
+        assert row['roofline'] == pytest.approx({'infer': 4, 'train': 10}[row['mode']] * (3. / 2) / 12.)
 
 
 def test_networks_are_compiled(monkeypatch) -> None:
@@ -167,7 +226,14 @@ def test_command(tmp_path, capsys) -> None:
     (['rgse_resnet50', '-b', '0'], 'must be at least 1'),
     (['rgse_resnet50', '-b', '1', '--mode', 'train', '--img-size', '64'], 'rgse_resnet50 can not train'),
     (['rgse_resnet50', '--img-size', '1', '2', '3'], '--img-size takes'),
-    (['rgse_resnet50', '--device', 'nonsense'], "no device 'nonsense'"),
+    (['rgse_resnet50', '--threads', '-1'], '--threads must be at least 1'),
+    (['resnet18', '--peer', 'resnet18', '--blocks'], 'No network has the bottlenecks'),
+    (['rgse_resnet50', '--blocks', '--compile'], 'not compiled'),
+    (['rgse_resnet50', '--plot', 'x.pdf'], 'has to be named .png'),
+    (['rgse_resnet50', '--device', 'meta'], 'has to be cpu or cuda'),
+    (['rgse_resnet50', '--device', 'nonsense'], "has to be cpu or cuda, others run asynchronously, got 'nonsense'"),
+    pytest.param(['rgse_resnet50', '--device', 'cuda'], "no device 'cuda'", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason='there is one')),
     (['vit_tiny_patch16_224', '--img-size', '48', '--mode', 'infer', '--peer', 'resnet18'], 'can not infer'),
 ])
 def test_bad_input(args, message: str, capsys) -> None:

@@ -24,12 +24,18 @@ def test_model_table() -> None:
 
 def test_python_blocks_run(hub: HubServer) -> None:
     serve_donor(hub, 'resnext101_32x4d.gluon_in1k')
-    pretrained, use = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    serve_donor(hub, 'regnety_032.ra_in1k')
+    serve_donor(hub, 'resnet50.a1_in1k')
+    pretrained, use, adopt, detect = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     exec(pretrained, {})
     namespace = {}
     exec(use, namespace)
     assert [f.shape[-1] for f in namespace['features'](namespace['x'])] == [120, 60, 30, 15]
     assert set(timm.list_models(['rgse_*', 'spse_*'])) == set(NAMES)
+    exec(adopt, namespace)
+    assert type(namespace['model'].s1.b1.se).__name__ == 'AdoptedSEModule'
+    exec(detect.replace('min_size=800', 'min_size=128'), namespace)
+    assert namespace['boxes'].shape[1] == 4
 
 
 def test_donor_table() -> None:

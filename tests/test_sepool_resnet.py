@@ -378,3 +378,16 @@ def test_no_warnings() -> None:
         warnings.simplefilter('error')
         model = tiny('rgse_resnet50').train()
         training_step(model, images(2, 64, 64))
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(drop_path_rate=0.2)], ids=str)
+@pytest.mark.parametrize('training', [True, False])
+def test_squeeze_is_called(training: bool, kwargs) -> None:
+    """As a module, with its hooks, in both modes: parametrizations, pruning and sharding rely on them."""
+    model = tiny('rgse_resnet50', **kwargs).train(training)
+    seen = []
+    for block in (model.layer1[0], model.layer4[0]):
+        block.se.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+        block.se.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    model(images(2, 64, 64))
+    assert seen == [(2, 64, 16, 16)] * 2 + [(2, 512, 2, 2)] * 2

@@ -106,6 +106,42 @@ def test_half_precision(name: str, dtype: torch.dtype, memory_format: str, size)
     assert spatial_weighted_sum(x, [w.to(dtype) for w in weights]).dtype == dtype
 
 
+@pytest.mark.parametrize('name', ['spse', 'rgse_8'])
+def test_fp16_autocast(name: str) -> None:
+    """Small weights over the area of a large map that the grid does not divide are far below float16's normal range."""
+    weights = [1e-3 * p.detach() for n, p in build(name, torch.float32).named_parameters() if n.startswith('weight')]
+    x = (1. + torch.randn(4, CHANNELS, 199, 335)).half()
+    expected = sum(
+        F.conv2d(F.adaptive_avg_pool2d(x.double(), w.shape[-1]), w.double(), groups=CHANNELS) for w in weights)
+    with torch.autocast('cpu', torch.float16):
+        got = spatial_weighted_sum(x, weights)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().mean().item())
+
+
+@pytest.mark.parametrize('size', [(16, 16), (9, 14)], ids=str)
+@pytest.mark.parametrize('name', ['spse', 'rgse_4', 'rgse_1'])
+def test_functorch(name: str, size) -> None:
+    """vmap over images, and gradients per image."""
+    module = build(name).eval()
+    x = torch.randn(3, CHANNELS, *size, dtype=torch.float64)
+    torch.testing.assert_close(torch.vmap(lambda image: module(image[None])[0])(x), module(x))
+    grads = torch.vmap(torch.func.grad(lambda image: module(image[None]).square().sum()))(x)
+    x.requires_grad_()
+    expected, = torch.autograd.grad(module(x).square().sum(), x)
+    torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_shortcut(training: bool) -> None:
+    """With a shortcut the module adds it, and leaves it as it is."""
+    module = build('spse').train(training)
+    x, shortcut = torch.randn(2, 3, CHANNELS, 14, 14, dtype=torch.float64)
+    before = shortcut.clone()
+    torch.testing.assert_close(module(x, shortcut), module(x) + shortcut)
+    assert torch.equal(shortcut, before)
+
+
 @pytest.mark.parametrize('height,width', [(1, 1), (7, 7), (7, 14), (100, 167), (56, 3)])
 @pytest.mark.parametrize('grids', [(1, 2, 4), (8,), (21,)], ids=str)
 def test_spatial_kernel_is_the_gradient(grids, height: int, width: int) -> None:

@@ -132,6 +132,8 @@ _OTHER_ATTENTION = ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'sp
 def _se_modules(model: nn.Module) -> List[nn.Module]:
     """The modules to adopt. Raises ValueError if there is none or one that can't be."""
     name = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f'Adopt the model before it is wrapped in {name}, which would not know the new parameters.')
     found = []
     for path, module in model.named_modules():
         if isinstance(module, tuple(_ADOPTED.values())):
@@ -166,15 +168,19 @@ def _map_sizes(model: nn.Module, modules: List[nn.Module], input_size: Tuple[int
     def record(module: nn.Module, args: Tuple[torch.Tensor]) -> None:
         sizes[module] = tuple(args[0].shape[-2:])
 
+    # by module and untied: a module that is registered twice would not get its tensors back
     tensors = {
-        name: torch.empty_like(t, device='meta') for name, t in (*model.named_parameters(), *model.named_buffers())}
+        f'{path}.{name}'.removeprefix('.'): torch.empty_like(t, device='meta')
+        for path, module in model.named_modules()
+        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     modes = [(module, module.training) for module in model.modules()]
     hooks = [module.register_forward_pre_hook(record) for module in modules]
     try:
         model.eval()
         with torch.no_grad():
-            torch.func.functional_call(model, tensors, torch.empty(1, *input_size, device='meta', dtype=dtype))
+            x = torch.empty(1, *input_size, device='meta', dtype=dtype)
+            torch.func.functional_call(model, tensors, x, tie_weights=False)
     except Exception as e:  # whatever a foreign forward does with a size that it can't take
         raise ValueError(
             f'{type(model).__name__} can not be run at input_size={tuple(input_size)} to see the sizes of its maps '
@@ -203,7 +209,8 @@ def adopt(
 
     The modules keep their layers, hooks, parameter names and values, so the model computes exactly what it did; the
     new parameters, `<module>.squeeze.weight*`, start at 0 and get gradients from the first step on. An RGSE grid of
-    one cell is the global average, which the module computes already: such modules stay as they are.
+    one cell is the global average, which the module computes already: such modules stay as they are. Adopt before the
+    optimizer, an EMA copy, torch.compile or DDP see the model. To save it for the Hub create it by name, see `adopted`.
 
     Args:
         model: Model, or feature extractor, that holds `timm.layers.SEModule`, `SqueezeExcite` of timm's EfficientNets
@@ -246,6 +253,10 @@ def adopt(
             continue
         module.squeeze = pool.train(module.training)
         module.__class__ = _ADOPTED[type(module)]
+    if isinstance(getattr(model, 'pretrained_cfg', None), dict):
+        # a saved model that is loaded as its base would lose its squeezes, this name asks for base and squeeze
+        model.pretrained_cfg = {**model.pretrained_cfg, 'architecture': 'adopted'}
+        model.default_cfg = model.pretrained_cfg
     return model
 
 
@@ -338,6 +349,8 @@ def adopted(
     in_chans = kwargs.get('in_chans', cfg.input_size[0])
 
     kwargs.update(pretrained_cfg=cfg.to_dict(), cache_dir=cache_dir)
+    if kwargs.get('feature_cls') in ('hook', 'fx'):
+        raise ValueError(f'feature_cls={kwargs["feature_cls"]!r} is not supported for adopted models.')
     feature_args = {}
     if kwargs.get('features_only', False):
         feature_args = {k: kwargs.pop(k) for k in ('features_only', 'out_indices', 'feature_cls') if k in kwargs}

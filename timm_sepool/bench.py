@@ -1,11 +1,12 @@
 """ Speed and memory of the networks beside their peers
 
 Noise on a shared machine is larger than what there is to tell apart. So all networks run in one process and in turns,
-the order rotating from round to round, and what counts is the ratio of the medians to that of one peer.
+in a random order each round, and what counts is the ratio of the medians to that of one peer.
 
 Blocks are compared with the roofline, the time of their least memory traffic at the bandwidth of a copy in the same
 run: everything after bn3 fused, 4 passes over x forward (read for the squeeze; read, the shortcut read and the output
-written for the sum) and 6 backward.
+written for the sum) and 6 backward. The copy writes to memory that is there, a block allocates its output; and a map
+that fits into a cache is not bound by memory, so the share says something for large x only.
 
 What was tried for the squeeze and the sum and is not in use. Times in ms of the form in use / of the alternative,
 medians of interleaved rounds, batch 8, fp32, one thread of an AVX-512 CPU, torch 2.15; C @ H = W of ResNet-50 at 224:
@@ -26,7 +27,9 @@ medians of interleaved rounds, batch 8, fp32, one thread of an AVX-512 CPU, torc
 | products with the kernel, compiled | RGSE 256 @ 56, block, training step | 261 / 260 |
 """
 import itertools
+import math
 import platform
+import random
 import statistics
 import time
 from contextlib import nullcontext
@@ -39,6 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm.models import create_model, is_model
+from timm.models.resnet import Bottleneck, ResNet
 
 from . import __version__
 from ._files import CommandError, first_line, new_path
@@ -101,6 +105,9 @@ def create_network(spec: str, **kwargs) -> nn.Module:
             raise CommandError(f'{name} is no SPSE / RGSE network, it has no reference.')
         for n in names:
             model.set_submodule(n, _Reference(model.get_submodule(n)))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+            nn.init.ones_(module.weight)  # some networks start with residual branches of zeros
     return model
 
 
@@ -147,9 +154,9 @@ def interleave(
         Times (ms) of the rounds, by key.
     """
     times = {key: [] for key in steps}
-    keys = list(steps)
+    generator = random.Random(0)
     for i in range(-1, rounds):
-        for key in keys[i % len(keys):] + keys[:i % len(keys)]:
+        for key in generator.sample(list(steps), len(steps)):
             ms = clock(steps[key], repeats)
             if i >= 0:
                 times[key].append(ms)
@@ -202,12 +209,12 @@ def _step(model: nn.Module, x: torch.Tensor, mode: str, autocast: Callable[[], A
                 model(x)
         return step
 
-    labels = torch.arange(len(x), device=x.device) % 1000
     optimizer = torch.optim.SGD(model.parameters(), lr=0., momentum=0.9)  # its work, without its result
 
     def step() -> None:
         with autocast():
-            loss = F.cross_entropy(model(x), labels)
+            logits = model(x)
+            loss = F.cross_entropy(logits, torch.arange(len(x), device=x.device) % logits.shape[1])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -225,11 +232,15 @@ class _Given(nn.Module):
         return self.x
 
 
-def _block_step(model: nn.Module, stage: int, size: Tuple[int, int], batch: int, mode: str, x: torch.Tensor):
-    """Everything after bn3 in the last block of a stage, and the bytes of its x."""
-    block = model.get_submodule(f'layer{stage}')[-1]
-    fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    shape = (batch, block.bn3.num_features, *(-(-s // 2 ** (stage + 1)) for s in size))
+def _block_step(
+        block: nn.Module,
+        shape: Tuple[int, int, int, int],
+        mode: str,
+        x: torch.Tensor,
+        autocast: Callable[[], Any],
+) -> Callable[[], torch.Tensor]:
+    """Everything after bn3 of a bottleneck on a new bn3 output of a shape (B, C, H, W), dtype and format as x."""
+    fmt = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     train = mode == 'train'
     given, shortcut, cotangent = (
         torch.randn(shape, dtype=x.dtype, device=x.device).to(memory_format=fmt).requires_grad_(train and i < 2)
@@ -241,10 +252,14 @@ def _block_step(model: nn.Module, stage: int, size: Tuple[int, int], batch: int,
         tail.add_module(name, child if name in ('se', 'act3') else nn.Identity())
     tail.bn3, tail.downsample, tail.drop_path = _Given(given), None, None
     tail.train(train)
-    if not train:
-        return torch.inference_mode()(lambda: tail(shortcut)), given.nbytes
     params = [given, shortcut, *block.se.parameters()]
-    return lambda: torch.autograd.grad(tail(shortcut), params, cotangent), given.nbytes
+
+    def step() -> torch.Tensor:
+        with torch.set_grad_enabled(train):
+            with autocast():
+                out = tail(shortcut)
+            return torch.autograd.grad(out, params, cotangent.to(out.dtype))[0] if train else out
+    return step
 
 
 def bench(
@@ -293,17 +308,29 @@ def bench(
         raise CommandError('The progress bar needs tqdm: pip install "timm_sepool[quickstart]".') from e
     if min(batch_size, rounds, repeats, *size) < 1:
         raise CommandError('Batch size, image size, rounds and repeats must be at least 1.')
+    if blocks and compile:
+        raise CommandError('Blocks are timed as they are, not compiled. Leave out one of the two.')
+    if not device.startswith(('cpu', 'cuda')):
+        raise CommandError(f'The device has to be cpu or cuda, others run asynchronously, got {device!r}.')
     try:
-        device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:  # torch asserts that it was built with CUDA
         raise CommandError(f'There is no device {device!r}: {first_line(e)}') from e
+    device = torch.device(device)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)  # events and memory are those of the current device
 
     specs = list(dict.fromkeys([peer, *models]))
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(batch_size, 3, *size, device=device).to(memory_format=fmt)
     networks = {
         spec: create_network(spec, **(model_kwargs or {})).to(device=device, memory_format=fmt) for spec in specs}
+
+    with_se = [
+        spec for spec, m in networks.items()
+        if isinstance(m, ResNet) and isinstance(m.layer1[-1], Bottleneck) and m.layer1[-1].se is not None]
+    if blocks and not with_se:
+        raise CommandError('No network has the bottlenecks of ResNet with attention, which --blocks is about.')
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
@@ -342,26 +369,21 @@ def bench(
             for model in networks.values():
                 model.zero_grad()
 
-    if blocks:
-        with_se = {s: m for s, m in networks.items() if getattr(m, 'layer1', [None])[-1].se is not None}
-        x = x.bfloat16() if amp else x
-        for mode, stage in itertools.product(modes, (1, 2, 3, 4)):
-            steps, nbytes = {}, 0
-            for spec, model in with_se.items():
-                inner, nbytes = _block_step(model, stage, size, batch_size, mode, x)
-
-                def step(inner=inner):
-                    with autocast():
-                        inner()
-                steps[spec] = step
-            source = torch.empty(nbytes, dtype=torch.int8, device=device)
-            target = torch.empty_like(source)
-            steps['copy'] = partial(target.copy_, source)
-            rows = summary(interleave(steps, clock, rounds, max(5, repeats)), peer if peer in steps else 'copy')
-            bound = rows.pop('copy')['ms'] / 2 * PASSES[mode]  # a copy is two passes
-            block_results += [
-                dict(model=spec, mode=mode, stage=stage, mb=nbytes / 1e6, roofline=bound / row['ms'], **row)
-                for spec, row in rows.items()]
+    for mode, stage in itertools.product(modes if blocks else (), (1, 2, 3, 4)):
+        steps, nbytes = {}, 0
+        for spec in with_se:
+            block = networks[spec].get_submodule(f'layer{stage}')[-1]
+            shape = (batch_size, block.bn3.num_features, *(-(-s // 2 ** (stage + 1)) for s in size))
+            like = x.bfloat16() if amp else x
+            nbytes = math.prod(shape) * like.itemsize
+            steps[spec] = _block_step(block, shape, mode, like, autocast)
+        source = torch.ones(nbytes, dtype=torch.int8, device=device)  # written: pages of nothing cost nothing to read
+        steps['copy'] = partial(torch.empty_like(source).copy_, source)
+        rows = summary(interleave(steps, clock, rounds, max(5, repeats)), peer if peer in steps else 'copy')
+        bound = rows.pop('copy')['ms'] / 2 * PASSES[mode]  # a copy is two passes
+        block_results += [
+            dict(model=spec, mode=mode, stage=stage, mb=nbytes / 1e6, roofline=bound / row['ms'], **row)
+            for spec, row in rows.items()]
 
     settings = dict(
         peer=peer, batch_size=batch_size, size=list(size), compile=compile, channels_last=channels_last, amp=amp,
@@ -380,13 +402,16 @@ def table(report: Dict[str, Any]) -> str:
         f'{s["device"]}, {s["threads"]} threads, torch {s["torch"]}: batch {s["batch_size"]}, '
         f'{s["size"][0]} x {s["size"][1]}{flags}, {s["rounds"]} rounds',
         f'{"model":<28}{"mode":<7}{"ms":>9}{"+-%":>6}{"images/s":>10}{"ratio":>7}  {"(quartiles)":<13}'
-        f'{"memory MB":>10}']
+        f'{"MB":>7}']
     for r in report['results']:
         memory = r.get('peak_mb', r.get('saved_mb'))
         lines.append(
             f'{r["model"]:<28}{r["mode"]:<7}{r["ms"]:>9.1f}{50 * r["spread"]:>6.1f}{r["images_per_s"]:>10.1f}'
-            f'{r["ratio"]:>7.3f}  ({r["ratio_low"]:.3f}-{r["ratio_high"]:.3f}){memory or float("nan"):>10.0f}')
-    lines.append(f'ratio: throughput relative to {s["peer"]} (ratio of medians), higher is better')
+            f'{r["ratio"]:>7.3f}  ({r["ratio_low"]:.3f}-{r["ratio_high"]:.3f})'
+            + (f'{memory:>7.0f}' if memory else f'{"-":>7}'))
+    lines.append(
+        f'ratio: throughput relative to {s["peer"]} (ratio of medians), higher is better\n'
+        'MB: on CUDA the most that a step allocates, else what is kept for the backward')
     if 'blocks' in report:
         lines.append(f'\n{"after bn3":<28}{"mode":<7}{"stage":>6}{"x (MB)":>8}{"ms":>9}{"ratio":>7}{"roofline":>10}')
         lines += [
@@ -399,12 +424,9 @@ def plot(report: Dict[str, Any], path: Path) -> None:
     """Bar chart of the throughputs relative to the peer's, as PNG.
 
     Raises:
-        CommandError: If path exists or can't be written, or matplotlib is missing.
+        CommandError: If path exists or can't be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise CommandError('The chart needs matplotlib: pip install "timm_sepool[plot]".') from e
+    from matplotlib.figure import Figure
 
     settings, results = report['settings'], report['results']
     models = list(dict.fromkeys(r['model'] for r in results))[::-1]

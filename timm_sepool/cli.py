@@ -56,7 +56,7 @@ def cmd_list(args: argparse.Namespace) -> None:
         )
     print(
         '\nParameters and GMACs (multiply-adds of convolutions and matrix products at 224 px) are computed here.\n'
-        "SPSE's GMACs contain its pooling where the grid does not divide the map, which is a matrix product.\n"
+        "SPSE's GMACs contain the making of its kernels where a grid does not divide the map, once per batch.\n"
         'The errors (%, ImageNet-1k, single crop) are claims of the paper (Jin et al. 2022), not reproduced.\n'
         "+ cbam is create_model(NAME, block_args=dict(attn_layer='cbam'))."
     )
@@ -123,6 +123,8 @@ def cmd_quickstart(args: argparse.Namespace) -> None:
 
 
 def cmd_bench(args: argparse.Namespace) -> None:
+    from importlib.util import find_spec
+
     import torch
 
     from .bench import DEFAULT_MODELS, MODES, bench, plot, table
@@ -130,17 +132,23 @@ def cmd_bench(args: argparse.Namespace) -> None:
     size = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
     if len(size) != 2:
         raise CommandError(f'--img-size takes a side or height and width, got {len(size)} numbers.')
-    if args.plot:
+    if args.plot:  # before the work, not after it
         check_new(args.plot)
-    if args.threads:
+        if args.plot.suffix != '.png':
+            raise CommandError(f'{args.plot} has to be named .png.')
+        if find_spec('matplotlib') is None:
+            raise CommandError('The chart needs matplotlib: pip install "timm_sepool[plot]".')
+    if args.threads is not None:
+        if args.threads < 1:
+            raise CommandError(f'--threads must be at least 1, got {args.threads}.')
         torch.set_num_threads(args.threads)
     report = bench(
         args.models or list(DEFAULT_MODELS), args.peer, (args.mode,) if args.mode else MODES, args.batch_size,
         tuple(size), args.device, args.compile, args.channels_last, args.amp, args.rounds, args.repeats, args.blocks,
         args.model_kwargs)
+    print(json.dumps(report, indent=2) if args.json else table(report))
     if args.plot:
         plot(report, args.plot)
-    print(json.dumps(report, indent=2) if args.json else table(report))
 
 
 def cmd_cards(args: argparse.Namespace) -> None:

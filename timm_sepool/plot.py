@@ -22,7 +22,6 @@ from timm.models import create_model, get_arch_name, is_model, list_models, load
 
 from ._files import CommandError, first_line
 from .hub import load_trained, read_run_args, training_preprocessing
-from .sepool_resnet import SEPoolBottleneck
 from .squeeze import spatial_kernel
 
 __all__ = ['plot_gates', 'plot_kernels', 'plot_descriptors']
@@ -116,12 +115,7 @@ def observe(model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, List[
     handles = []
     for name, module in modules.items():
         handles.append(module.gate.register_forward_hook(lambda m, args, out, name=name: see_gate(name, out)))
-        block = model.get_submodule(name.rpartition('.')[0])
-        if isinstance(block, SEPoolBottleneck):
-            # it calls its SE module's forward_gate, which runs no hooks
-            handles.append(block.bn3.register_forward_hook(lambda m, args, out, name=name: see_input(name, out)))
-        else:
-            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: see_input(name, args[0])))
+        handles.append(module.register_forward_pre_hook(lambda m, args, name=name: see_input(name, args[0])))
     param = next(model.parameters())
     training = {module: module.training for module in model.modules()}
     try:

@@ -38,7 +38,7 @@ __all__ = ['SEPoolBottleneck', 'SEPoolResNet']  # model_registry will add each e
 
 
 class SEPoolBottleneck(Bottleneck):
-    """timm's bottleneck, at inference with the scaling by the gate and the residual sum in one pass over x."""
+    """timm's bottleneck, with the scaling by the gate and the residual sum in the hands of the squeeze's module."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
@@ -61,9 +61,8 @@ class SEPoolBottleneck(Bottleneck):
             shortcut = self.downsample(shortcut)
 
         if self.se is not None:
-            # not in training: addcmul's backward takes a pass over x more than those of the two steps
-            if not self.training and self.drop_path is None and hasattr(self.se, 'forward_gate'):
-                x = torch.addcmul(shortcut, x, self.se.forward_gate(x))
+            if (self.drop_path is None or not self.training) and hasattr(self.se, 'forward_gate'):
+                x = self.se(x, shortcut)
                 return self.act3(x)
             x = self.se(x)
 

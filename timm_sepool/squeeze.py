@@ -101,8 +101,8 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
 def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
     """Sum over k of the full-size depthwise convolution of `adaptive_avg_pool2d(x, g_k)` with `weights[k]`.
 
-    Equals `sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=C) for w in weights)` with one read of x
-    and, for the backward, no other saved tensor of the size of x.
+    Equals `sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=C) for w in weights)` with one read of x.
+    The backward keeps no other tensor of the size of x (where cells overlap one of the size of a single image's x).
 
     Args:
         x: Features (B, C, H, W), any H, W >= 1.
@@ -113,7 +113,7 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
     """
     height, width = x.shape[-2:]
     grid = weights[-1].shape[-1]
-    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    nhwc = x.stride(1) == 1 and not x.is_contiguous()  # vmap can't tell is_contiguous(memory_format=...)
 
     if not _any_size() and height % grid == 0 and width % grid == 0:
         # the cells of the finest grid tile those of the others, whose weights are spread over it
@@ -133,7 +133,12 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         return (cells * weight).sum((2, 3), keepdim=True)
 
     # cheaper than pooling to cells that overlap: one product with the weight of every position
-    kernel = spatial_kernel(height, width, weights)
+    if torch.jit.is_scripting() or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        kernel = spatial_kernel(height, width, weights)
+    else:
+        # weight / area falls below the normal range of float16
+        with torch.autocast(x.device.type, enabled=False):
+            kernel = spatial_kernel(height, width, weights)
     x = x.flatten(2)
     if nhwc:
         s = (x.transpose(1, 2) * kernel.t().contiguous()).sum(1)
@@ -145,8 +150,8 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
 class SEPoolModule(nn.Module):
     """Base of SPSE and RGSE: the excitation, which is that of `timm.layers.SEModule`, and the squeeze's fusion norm.
 
-    Subclasses define `squeeze`. `forward` is a drop-in for timm's SE module, `forward_gate` is for blocks that fuse the
-    scaling with what follows it. As in timm's SE module `gate` is the gate's activation layer.
+    Subclasses define `squeeze`. `forward` is a drop-in for timm's SE module. As in that `gate` is the gate's activation
+    layer, `forward_gate` computes the gate.
     """
 
     def __init__(
@@ -237,9 +242,15 @@ class SEPoolModule(nn.Module):
         x_se = self.fc2(x_se)
         return self.gate(x_se)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale x (B, C, H, W) by its gate, same shape. Raises as `forward_gate`."""
-        return x * self.forward_gate(x)
+    def forward(self, x: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Scale x (B, C, H, W) by its gate and add shortcut if there is one, same shape. Raises as `forward_gate`."""
+        gate = self.forward_gate(x)
+        if shortcut is None:
+            return x * gate
+        if self.training:
+            # addcmul's backward takes a pass over x more than those of the two steps
+            return (x * gate).add_(shortcut)
+        return torch.addcmul(shortcut, x, gate)
 
 
 class SPSEModule(SEPoolModule):
