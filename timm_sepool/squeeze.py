@@ -133,7 +133,9 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         return (cells * weight).sum((2, 3), keepdim=True)
 
     # cheaper than pooling to cells that overlap: one product with the weight of every position
-    if torch.jit.is_scripting() or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    if torch.jit.is_scripting():
+        kernel = spatial_kernel(height, width, weights)
+    elif x.is_meta or not torch.is_autocast_enabled(x.device.type):
         kernel = spatial_kernel(height, width, weights)
     else:
         # weight / area falls below the normal range of float16
