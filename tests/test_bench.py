@@ -176,10 +176,10 @@ def test_networks_are_compiled(monkeypatch) -> None:
         compiled.append(graph)
         return graph
 
-    monkeypatch.setattr('torch._dynamo.config.cache_size_limit', 1)
     original = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda model, **kwargs: original(model, backend=backend, **kwargs))
-    run(['rgse_resnet50', 'resnet50'], compile=True, rounds=1, size=(32, 48))
+    with torch._dynamo.config.patch(cache_size_limit=1):
+        run(['rgse_resnet50', 'resnet50'], compile=True, rounds=1, size=(32, 48))
     assert len(compiled) == 2 * 3
 
 
