@@ -80,8 +80,8 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
     else:
         cols = _axis_windows(width, grids, device)
 
-    if len(grids) == 1:
-        # axis by axis, the windows of all cells would be a matrix (g * g, H * W)
+    if len(grids) == 1 and not _any_size():
+        # axis by axis, the windows of all cells would be a matrix (g * g, H * W). Its reshapes guard an exported size.
         rows, row_scale = _power_of_two(rows.to(dtype))
         cols, col_scale = _power_of_two(cols.to(dtype))
         weight = weights[0].to(dtype).squeeze(1) * (row_scale.unsqueeze(1) * col_scale)
