@@ -84,11 +84,11 @@ def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs
 def _create_detector(
         detector: Type[FasterRCNN],
         backbone: str,
-        num_classes: int = 91,
-        pretrained: bool = False,
-        trainable_layers: int = 3,
-        freeze_bn: bool = True,
-        backbone_kwargs: Optional[Dict[str, Any]] = None,
+        num_classes: int,
+        pretrained: bool,
+        trainable_layers: int,
+        freeze_bn: bool,
+        backbone_kwargs: Optional[Dict[str, Any]],
         **kwargs,
 ) -> FasterRCNN:
     body = _create_body(backbone, trainable_layers, freeze_bn, pretrained=pretrained, **(backbone_kwargs or {}))
