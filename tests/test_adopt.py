@@ -23,9 +23,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import timm
 from timm.layers import SEModule
 from timm.models import save_for_hf
-from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models.senet import SEModule as SENetSEModule
 from timm_sepool import adopt
+from timm_sepool._private import SqueezeExcite
 
 SE_CLASSES = (SEModule, SqueezeExcite, SENetSEModule)
 
@@ -337,6 +337,9 @@ def test_adopted_is_adopt() -> None:
     assert model.pretrained_cfg == {**expected.pretrained_cfg, 'architecture': 'adopted'} == model.default_cfg
     assert timm.list_models(module='adopted') == ['adopted']
     assert not timm.is_model_pretrained('adopted')
+    # a loop over all models of timm gives no base
+    model, expected = timm.create_model('adopted', **TINY), timm.create_model('adopted', base='seresnet50', **TINY)
+    assert str(model) == str(expected) and model.pretrained_cfg == expected.pretrained_cfg
     model = timm.create_model('adopted', base='regnety_002.pycls_in1k', squeeze='spse')
     assert model.pretrained_cfg['tag'] == 'pycls_in1k'
     assert model.s1.b1.se.squeeze.weight4.shape[-1] == 4
@@ -660,10 +663,10 @@ def test_bad_modules() -> None:
 
 
 def test_bad_adopted(tmp_path: Path) -> None:
-    for args in ({}, dict(base=None), dict(base=''), dict(base='seresnet999'), dict(base='hf-hub:timm/seresnet50')):
+    for args in (dict(base=''), dict(base='seresnet999'), dict(base='hf-hub:timm/seresnet50')):
         with pytest.raises(ValueError, match='The model adopted needs a base'):
             timm.create_model('adopted', **args)
-    with pytest.raises(ValueError, match='needs a base'):
+    with pytest.raises(ValueError, match='has been adopted already'):
         timm.create_model('adopted', base='adopted')
     with pytest.raises(RuntimeError, match='Invalid pretrained tag'):
         timm.create_model('adopted', base='seresnet50.nonsense')

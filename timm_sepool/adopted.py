@@ -30,10 +30,10 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models.senet import SEModule as SENetSEModule
 
 from . import squeeze  # not its names: it may be half-imported when this file is, and waiting for timm
+from ._private import SqueezeExcite
 
 __all__ = ['adopt', 'RGSqueeze', 'SPSqueeze']
 
@@ -95,7 +95,7 @@ class AdoptedSEModule(SEModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale x (B, C, H, W) by its gate, same shape."""
-        x_se = self.squeeze(x)
+        x_se = self.squeeze(x)  # type: ignore[operator]
         if self.add_maxpool:
             x_se = 0.5 * x_se + 0.5 * x.amax((2, 3), keepdim=True)
         x_se = self.act(self.bn(self.fc1(x_se)))
@@ -116,11 +116,11 @@ class AdoptedSENetSEModule(SENetSEModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale x (B, C, H, W) by its gate, same shape."""
-        x_se = self.relu(self.fc1(self.squeeze(x)))
+        x_se = self.relu(self.fc1(self.squeeze(x)))  # type: ignore[operator]
         return x * self.sigmoid(self.fc2(x_se))
 
 
-_ADOPTED = {
+_ADOPTED: Dict[type, type] = {
     SEModule: AdoptedSEModule,
     SqueezeExcite: AdoptedSqueezeExcite,
     SENetSEModule: AdoptedSENetSEModule,
@@ -134,7 +134,7 @@ def _se_modules(model: nn.Module) -> List[nn.Module]:
     name = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f'Adopt the model before it is wrapped in {name}, which would not know the new parameters.')
-    found = []
+    found: List[nn.Module] = []
     for path, module in model.named_modules():
         if isinstance(module, tuple(_ADOPTED.values())):
             raise ValueError(f'{name} has been adopted already ({path}). Build it anew for another squeeze.')
@@ -149,7 +149,7 @@ def _se_modules(model: nn.Module) -> List[nn.Module]:
                     f'{path} of {name} is a {type(module).__name__}, a subclass of an SE module of timm whose forward '
                     "may differ. Only timm's own SEModule and SqueezeExcite can be adopted."
                 )
-            found.append(module)
+            found.append(module)  # type: ignore[arg-type]
     if not found:
         classes = tuple(get_attn(attn) for attn in _OTHER_ATTENTION)
         others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, classes)})
@@ -166,7 +166,7 @@ def _map_sizes(model: nn.Module, modules: List[nn.Module], input_size: Tuple[int
     sizes: Dict[nn.Module, Tuple[int, int]] = {}
 
     def record(module: nn.Module, args: Tuple[torch.Tensor]) -> None:
-        sizes[module] = tuple(args[0].shape[-2:])
+        sizes[module] = (args[0].shape[-2], args[0].shape[-1])
 
     # by module and untied: a module that is registered twice would not get its tensors back
     tensors = {
@@ -253,10 +253,10 @@ def adopt(
             continue
         module.squeeze = pool.train(module.training)
         module.__class__ = _ADOPTED[type(module)]
-    if isinstance(getattr(model, 'pretrained_cfg', None), dict):
+    cfg: Any = getattr(model, 'pretrained_cfg', None)
+    if isinstance(cfg, dict):
         # a saved model that is loaded as its base would lose its squeezes, this name asks for base and squeeze
-        model.pretrained_cfg = {**model.pretrained_cfg, 'architecture': 'adopted'}
-        model.default_cfg = model.pretrained_cfg
+        model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': 'adopted'}  # type: ignore[assignment]
     return model
 
 
@@ -286,11 +286,11 @@ def _flat(name: str) -> str:
 
 def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
     """Give a feature extractor, which may lack some of the SE blocks, the squeezes and all weights of a model."""
-    modules = {_flat(name): module for name, module in model.named_modules()}
+    modules: Dict[str, Any] = {_flat(name): module for name, module in model.named_modules()}
     for name, module in list(features.named_modules()):
         adopted_module = modules.get(_flat(name))
         if type(adopted_module) is _ADOPTED.get(type(module)):
-            module.squeeze = adopted_module.squeeze
+            module.squeeze = adopted_module.squeeze  # type: ignore[attr-defined]
             module.__class__ = type(adopted_module)
     weights = {_flat(k): v for k, v in model.state_dict().items()}
     features.load_state_dict({k: weights[_flat(k)] for k in features.state_dict()})
@@ -316,7 +316,8 @@ def adopted(
     Args:
         pretrained: Load the weights of the base, or the adopted ones where the name is that of a saved adopted model
             (hf-hub:, local-dir:) or pretrained_cfg_overlay's file holds such.
-        base: Name of the SE model, with or without a tag.
+        base: Name of the SE model, with or without a tag. By default seresnet50, so that loops over all models of timm
+            can create this one; a saved model names its own.
         squeeze: 'rgse' or 'spse'.
         input_size: Input (C, H, W) that the grids are made for, by default the registered one of the base; the model's
             own in_chans counts. It is part of the architecture, as are base and squeeze.
@@ -326,16 +327,18 @@ def adopted(
         **kwargs: Arguments of the base.
 
     Raises:
-        ValueError: If base is missing, unknown or can't be adopted, or the squeeze is unknown.
+        ValueError: If base is unknown, missing in a saved model or can't be adopted, or the squeeze is unknown.
         RuntimeError: If the weights are not those of the model.
     """
+    cfg = resolve_pretrained_cfg('adopted', pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
+    saved = bool(cfg.source)  # timm has set it for hf-hub: and local-dir:
+    if base is None and not saved:
+        base = 'seresnet50'
     if not base or not is_model(get_arch_name(base)):
         raise ValueError(
             f'The model adopted needs a base, an SE model of timm such as base=regnety_032; got {base!r}. In the '
             'scripts of timm: --model-kwargs base=regnety_032 squeeze=rgse.'
         )
-    cfg = resolve_pretrained_cfg('adopted', pretrained_cfg, pretrained_cfg_overlay)
-    saved = bool(cfg.source)  # timm has set it for hf-hub: and local-dir:
     if not saved:
         changes = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
         changes.pop('architecture', None)
@@ -354,8 +357,8 @@ def adopted(
     feature_args = {}
     if kwargs.get('features_only', False):
         feature_args = {k: kwargs.pop(k) for k in ('features_only', 'out_indices', 'feature_cls') if k in kwargs}
-    model = create_model(base, pretrained and not saved, **kwargs)
-    model = adopt(model, squeeze, (in_chans, *input_size[1:]))
+    model: Any = create_model(base, pretrained and not saved, **kwargs)
+    adopt(model, squeeze, (in_chans, *input_size[1:]))
     if pretrained and saved:
         load_pretrained(
             model, cfg.to_dict(), num_classes=model.num_classes, in_chans=in_chans, filter_fn=_checkpoint_filter_fn,

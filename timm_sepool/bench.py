@@ -44,7 +44,7 @@ from torch import nn
 from timm.models import create_model, is_model
 from timm.models.resnet import Bottleneck, ResNet
 
-from . import __version__
+from . import __version__, _private
 from ._files import CommandError, first_line, new_path
 from .squeeze import SEPoolModule, SPSEModule
 
@@ -58,14 +58,14 @@ PASSES = {'infer': 4, 'train': 10}  # over x, of a block whose every step after 
 def reference_descriptor(module: SEPoolModule, x: torch.Tensor) -> torch.Tensor:
     """Fused descriptor (B, C, 1, 1) of x (B, C, H, W) as the paper writes it, each grid pooled and convolved by itself.
     """
-    p = dict(module.named_parameters(recurse=False))
+    p: Dict[str, Any] = dict(module.named_parameters(recurse=False))
     if isinstance(module, SPSEModule):
         levels = [(1, p['weight1'], p['bias1']), (2, p['weight2'], p['bias2']), (4, p['weight4'], p['bias4'])]
-    elif module.grid > 1:
-        levels = [(module.grid, p['weight'], None)]
+    elif 'weight' in p:
+        levels = [(p['weight'].shape[-1], p['weight'], None)]
     else:
         return F.adaptive_avg_pool2d(x, 1).relu()
-    s = sum(F.conv2d(F.adaptive_avg_pool2d(x, g), w, b, groups=x.shape[1]) for g, w, b in levels)
+    s: Any = sum(F.conv2d(F.adaptive_avg_pool2d(x, g), w, b, groups=x.shape[1]) for g, w, b in levels)
     return module.bn(s).relu()
 
 
@@ -100,11 +100,11 @@ def create_network(spec: str, **kwargs) -> nn.Module:
     except Exception as e:
         raise CommandError(f'{spec} can not be created: {first_line(e)}') from e
     if attn == 'reference':
-        names = [n for n, m in model.named_modules() if isinstance(m, SEPoolModule)]
-        if not names:
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, SEPoolModule)}
+        if not modules:
             raise CommandError(f'{name} is no SPSE / RGSE network, it has no reference.')
-        for n in names:
-            model.set_submodule(n, _Reference(model.get_submodule(n)))
+        for n in modules:
+            model.set_submodule(n, _Reference(modules[n]))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
             nn.init.ones_(module.weight)  # some networks start with residual branches of zeros
@@ -116,7 +116,7 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == 'cuda'
-        self.flush = torch.empty(2 ** 28, dtype=torch.int8, device=device) if self.cuda else None
+        self.flush = torch.empty(2 ** 28 if self.cuda else 0, dtype=torch.int8, device=device)
 
     def __call__(self, step: Callable[[], Any], steps: int) -> float:
         if not self.cuda:
@@ -153,7 +153,7 @@ def interleave(
     Returns:
         Times (ms) of the rounds, by key.
     """
-    times = {key: [] for key in steps}
+    times: Dict[Any, List[float]] = {key: [] for key in steps}
     generator = random.Random(0)
     for i in range(-1, rounds):
         for key in generator.sample(list(steps), len(steps)):
@@ -204,21 +204,21 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
 def _step(model: nn.Module, x: torch.Tensor, mode: str, autocast: Callable[[], Any]) -> Callable[[], Any]:
     if mode == 'infer':
         @torch.inference_mode()
-        def step() -> None:
+        def infer() -> None:
             with autocast():
                 model(x)
-        return step
+        return infer
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0., momentum=0.9)  # its work, without its result
 
-    def step() -> None:
+    def train() -> None:
         with autocast():
             logits = model(x)
             loss = F.cross_entropy(logits, torch.arange(len(x), device=x.device) % logits.shape[1])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return step
+    return train
 
 
 class _Given(nn.Module):
@@ -233,7 +233,7 @@ class _Given(nn.Module):
 
 
 def _block_step(
-        block: nn.Module,
+        block: Bottleneck,
         shape: Tuple[int, int, int, int],
         mode: str,
         x: torch.Tensor,
@@ -323,12 +323,12 @@ def bench(
     specs = list(dict.fromkeys([peer, *models]))
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(batch_size, 3, *size, device=device).to(memory_format=fmt)
-    networks = {
-        spec: create_network(spec, **(model_kwargs or {})).to(device=device, memory_format=fmt) for spec in specs}
+    networks: Dict[str, Any] = {
+        spec: create_network(spec, **(model_kwargs or {})).to(device).to(memory_format=fmt) for spec in specs}
 
     with_se = [
         spec for spec, m in networks.items()
-        if isinstance(m, ResNet) and isinstance(m.layer1[-1], Bottleneck) and m.layer1[-1].se is not None]
+        if isinstance(m, ResNet) and isinstance(m.layer1[-1], Bottleneck) and m.layer1[-1].se is not None]  # type: ignore
     if blocks and not with_se:
         raise CommandError('No network has the bottlenecks of ResNet with attention, which --blocks is about.')
 
@@ -336,22 +336,23 @@ def bench(
         return torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
 
     if compile:
-        import torch._dynamo.config as dynamo
         # networks of one class share the limit, beyond it they would silently run uncompiled (with fullgraph they fail)
-        dynamo.cache_size_limit = max(dynamo.cache_size_limit, 4 * len(specs))
+        config = _private.dynamo_config
+        config.cache_size_limit = max(config.cache_size_limit, 4 * len(specs))
 
     clock = _Clock(device)
     results, block_results = [], []
     with tqdm(total=len(modes) * len(specs) * (rounds + 1), unit='measurement', disable=None) as progress:
         for mode in modes:
-            steps, memory = {}, {}
+            steps: Dict[str, Callable[[], Any]] = {}
+            memory: Dict[str, Dict[str, float]] = {}
             for spec, model in networks.items():
                 model.train(mode == 'train')
                 try:
                     if mode == 'train' and not compile:
                         with autocast():
                             memory.setdefault(spec, {})['saved_mb'] = saved_bytes(model, x) / 1e6
-                    network = torch.compile(model, fullgraph=True) if compile else model
+                    network: Any = torch.compile(model, fullgraph=True) if compile else model
                     steps[spec] = _step(network, x, mode, autocast)
                     steps[spec]()
                     if device.type == 'cuda':

@@ -21,7 +21,7 @@ def model_table() -> List[Dict[str, Any]]:
     for backbone, errors in PAPER_ERRORS.items():
         timm_name = backbone.replace('resnext50', 'resnext50_32x4d').replace('resnext101', 'resnext101_32x4d')
         for family, (top1_err, top5_err) in zip(FAMILIES, errors):
-            kwargs = {}
+            kwargs: Dict[str, Any] = {}
             if family in ('SPSE', 'RGSE'):
                 name = f'{family.lower()}_{backbone}'
             elif family == 'SE':

@@ -25,6 +25,7 @@ from typing import Any, Dict, Optional, Type
 
 import torch
 from torch import nn
+from torchvision import models
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
@@ -33,13 +34,15 @@ from timm.layers import freeze_batch_norm_2d
 from timm.models import load_state_dict
 from timm.utils import freeze
 
+from . import _private
+
 __all__ = ['faster_rcnn', 'mask_rcnn', 'register_detectors']
 
 
 class _FPNBackbone(nn.Module):
     """Features at strides 4, 8, 16 and 32 and an FPN over them, with the names of torchvision's detectors."""
 
-    def __init__(self, body: nn.Module, out_channels: int = 256):
+    def __init__(self, body: Any, out_channels: int = 256):
         super().__init__()
         self.body = body
         self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), out_channels, extra_blocks=LastLevelMaxPool())
@@ -53,13 +56,13 @@ class _FPNBackbone(nn.Module):
         return self.fpn(features)
 
 
-def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs) -> nn.Module:
+def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs) -> Any:
     """Feature extractor with frozen norms and stages, raises as `faster_rcnn`."""
     if type(trainable_layers) is not int or trainable_layers not in range(6):
         raise ValueError(f'trainable_layers must be an integer from 0 to 5, got {trainable_layers!r}.')
     what = f'Detection needs a backbone of four NCHW stages in sequence at strides 4, 8, 16 and 32, {backbone}'
     try:
-        body = create_model(backbone, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
+        body: Any = create_model(backbone, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
     except (AssertionError, IndexError) as e:  # timm's, for an index out of range
         raise ValueError(f'{what} gives none: {e}') from e
     strides = body.feature_info.reduction()
@@ -162,11 +165,11 @@ def _build(
         raise ValueError(f'There are no weights {weights!r}: no trained detectors on timm backbones are published.')
     backbone = model_name
     is_trained = weights_backbone is not None
-    if is_trained and weights_backbone != 'DEFAULT':
+    if weights_backbone is not None and weights_backbone != 'DEFAULT':
         if weights_backbone.startswith(('hf-hub:', 'local-dir:')):
             backbone = weights_backbone
         elif Path(weights_backbone).is_file():
-            overlay = dict(file=weights_backbone)
+            overlay: Dict[str, Any] = dict(file=weights_backbone)
             classifier = load_state_dict(weights_backbone).get('fc.weight')
             if classifier is not None:
                 overlay['num_classes'] = len(classifier)
@@ -194,13 +197,11 @@ def register_detectors() -> None:
     tag, another tag of it, a checkpoint file, or the `hf-hub:` or `local-dir:` name of such a model. Without it
     everything trains from scratch, norms included, as in torchvision's builders. Can be called again.
     """
-    # Private, as of torchvision 0.29: it has a public registry to read from, but none to write to.
-    from torchvision.models._api import BUILTIN_MODELS, register_model
-
+    known = set(models.list_models())
     for name in list_models():
         for prefix, detector in (('fasterrcnn', FasterRCNN), ('maskrcnn', MaskRCNN)):
-            if f'{prefix}_{name}' not in BUILTIN_MODELS:
-                register_model(f'{prefix}_{name}')(partial(_build, detector, name))
+            if f'{prefix}_{name}' not in known:
+                _private.register_detector(f'{prefix}_{name}')(partial(_build, detector, name))
 
 
 def main() -> None:

@@ -3,7 +3,7 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import yaml
@@ -73,7 +73,7 @@ def model_stats(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **k
         activations += output.numel()
 
     with torch.device('meta'), torch.no_grad():
-        model = create_model(name, in_chans=input_size[0], **kwargs).eval()
+        model: Any = create_model(name, in_chans=input_size[0], **kwargs).eval()
         for module in model.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.register_forward_hook(count)
@@ -110,7 +110,7 @@ def model_card(
     """
     arch = get_arch_name(name)
     family, backbone = arch.split('_')
-    pretrained_cfg = get_pretrained_cfg(name)
+    pretrained_cfg: Any = get_pretrained_cfg(name)
     cfg = {**pretrained_cfg.to_dict(), **(cfg or {})}
     donor = None if trained else pretrained_cfg.hf_hub_id
     stats = model_stats(
@@ -178,7 +178,8 @@ def model_card(
 
 def default_cards() -> Dict[str, str]:
     """Cards of all models with their default tags, file name to text."""
-    names = [f'{arch}.{get_pretrained_cfg(arch).tag}' for arch in list_models(module='sepool_resnet')]
+    cfgs: Dict[str, Any] = {arch: get_pretrained_cfg(arch) for arch in list_models(module='sepool_resnet')}
+    names = [f'{arch}.{cfg.tag}' for arch, cfg in cfgs.items()]
     return {f'{name}.md': f'{model_card(name, name)}\n' for name in names}
 
 
@@ -200,7 +201,7 @@ def load_trained(
     kwargs = {**(model_kwargs or {}), 'num_classes': 0}
     if getattr(state_dict.get('fc.weight'), 'ndim', 0) == 2:
         kwargs['num_classes'] = state_dict['fc.weight'].shape[0]
-    conv1 = state_dict.get('conv1.weight', state_dict.get('conv1.0.weight'))  # the latter of a deep stem
+    conv1: Any = state_dict.get('conv1.weight', state_dict.get('conv1.0.weight'))  # the latter of a deep stem
     if getattr(conv1, 'ndim', 0) == 4:
         kwargs['in_chans'] = conv1.shape[1]
     try:
@@ -240,7 +241,7 @@ def save_folder(
         label_names: Class names.
     """
     save_for_hf(
-        model, folder, safe_serialization=True, model_args=model_args,
+        model, str(folder), safe_serialization=True, model_args=model_args,
         model_config=dict(label_names=label_names) if label_names else None)
     config = json.loads((folder / 'config.json').read_text())
     # it stays at the config's top level: transformers' wrapper passes it beside model_args
@@ -281,7 +282,7 @@ def training_preprocessing(
         model: torch.nn.Module,
         run_args: Optional[Dict[str, Any]],
         flags: Dict[str, Any],
-        checkpoint: Path,
+        checkpoint: Union[Path, str],
 ) -> Dict[str, Any]:
     """Preprocessing that a checkpoint was validated with: flags over the training run's arguments.
 
@@ -358,12 +359,13 @@ def export(
     """
     arch = check_model(name)
     label_names = None
+    kwargs: Dict[str, Any] = {}
+    cfg: Optional[Dict[str, Any]] = None
     if checkpoint is None:
         try:
             model = create_model(name, pretrained=True)
         except RuntimeError as e:
             raise CommandError(first_line(e)) from e
-        kwargs, cfg = {}, None
     else:
         yaml_path = run_args or checkpoint.with_name('args.yaml')
         arguments = None
@@ -441,5 +443,5 @@ def upload(folder: Path, repo_id: str, private: bool = False, force: bool = Fals
         if theirs not in (None, ours) and not force:
             raise CommandError(f'{repo_id} holds a {theirs}, not a {ours}. Choose another repository or use --force.')
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Add {ours}'))
-    except (*LOADING_ERRORS, OSError, ValueError) as e:
+    except LOADING_ERRORS + (OSError, ValueError) as e:
         raise CommandError(f'The Hub refused {repo_id}: {first_line(e)}') from e

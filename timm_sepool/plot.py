@@ -40,8 +40,8 @@ def new_figure(width: float, height: float):
         from matplotlib.figure import Figure
     except ImportError as e:
         raise CommandError('The pictures are drawn by matplotlib: pip install "timm_sepool[plot]".') from e
-    figure = Figure(figsize=(width, height), dpi=DPI, layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # inches
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure.set_layout_engine('constrained', w_pad=0.08, h_pad=0.08)  # inches
     return figure
 
 
@@ -54,7 +54,7 @@ class Squeeze(NamedTuple):
     gate: torch.Tensor  # (N, C)
 
 
-def last_squeezes(model: nn.Module) -> Dict[str, nn.Module]:
+def last_squeezes(model: nn.Module) -> Dict[str, Any]:
     """SE module of the last block of each stage, by name.
 
     Raises:
@@ -73,10 +73,10 @@ def last_squeezes(model: nn.Module) -> Dict[str, nn.Module]:
 def kernel_weights(module: nn.Module) -> List[torch.Tensor]:
     """Depthwise kernels (C, 1, g, g) of an SE module's averages, the finest grid last, none if it has but the mean."""
     squeeze = getattr(module, 'squeeze', None)
-    adopted = isinstance(squeeze, nn.Module)  # a squeeze that adds local averages to the mean
-    owner = squeeze if adopted else module
-    weights = [p for n, p in owner.named_parameters(recurse=False) if n.startswith('weight')]
-    return [torch.ones_like(weights[0][:, :, :1, :1]), *weights] if adopted else weights
+    owner = squeeze if isinstance(squeeze, nn.Module) else module
+    weights: List[torch.Tensor] = [p for n, p in owner.named_parameters(recurse=False) if n.startswith('weight')]
+    # an adopted module's squeeze adds local averages to the mean
+    return weights if owner is module else [torch.ones_like(weights[0][:, :, :1, :1]), *weights]
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def observe(model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, List[
     gates: Dict[str, List[torch.Tensor]] = {name: [] for name in modules}
 
     def see_input(name: str, x: torch.Tensor) -> None:
-        sizes[name] = tuple(x.shape[-2:])
+        sizes[name] = (x.shape[-2], x.shape[-1])
         cells[name].append(F.adaptive_avg_pool2d(x.float(), grids[name]).cpu())
 
     def see_gate(name: str, gate: torch.Tensor) -> None:
@@ -231,7 +231,8 @@ def plot_kernels(model: nn.Module, input_size: Optional[Sequence[int]] = None, n
     """
     if num_channels < 1:
         raise ValueError(f'num_channels has to be at least 1, got {num_channels}.')
-    input_size = tuple(input_size or model.pretrained_cfg['input_size'])
+    cfg = getattr(model, 'pretrained_cfg', {})
+    input_size = tuple(input_size or cfg['input_size'])
     weights = [kernel_weights(module) for module in last_squeezes(model).values()]
     if not any(weights):
         raise ValueError(f'Every squeeze of this {type(model).__name__} is the global average, there is no kernel.')
@@ -320,8 +321,9 @@ def plot_descriptors(
     if labels is not None:
         labels = _check_labels(labels, len(images))
     logits, squeezes = observe(model, images)
+    cfg = getattr(model, 'pretrained_cfg', {})
     mean, std = (
-        torch.as_tensor(model.pretrained_cfg[key] if value is None else value).view(-1, 1, 1)
+        torch.as_tensor(cfg[key] if value is None else value).view(-1, 1, 1)
         for key, value in (('mean', mean), ('std', std)))
     if {len(mean), len(std)} != {images.shape[1]}:
         raise ValueError(f'mean and std are of {len(mean)} channels, the images of {images.shape[1]}.')
@@ -396,7 +398,7 @@ def load_model(
     """
     if ':' not in name and not is_model(name) and Path(name).is_dir():
         name = f'local-dir:{name}'
-    run_args = {}
+    run_args: Dict[str, Any] = {}
     if checkpoint is None:
         try:
             model = create_model(name, pretrained=True, **(model_kwargs or {}))
@@ -428,7 +430,8 @@ def load_model(
 
 def network_class_names(model: nn.Module) -> Optional[List[str]]:
     """Class names in a network's config, or those of ImageNet if it has as many classes, or None."""
-    label_names = model.pretrained_cfg.get('label_names')
+    cfg = getattr(model, 'pretrained_cfg', {})
+    label_names = cfg.get('label_names')
     if label_names:
         return list(label_names)
     subset = infer_imagenet_subset(model)
@@ -481,7 +484,7 @@ def load_images(
         if not Path(data).is_dir():
             raise CommandError(f"There is no folder {data}. --data takes a folder of images by class, or 'digits'.")
         try:
-            dataset = create_dataset('', root=data, class_map=class_map, input_img_mode=modes[chans])
+            dataset = create_dataset('', root=data, class_map=class_map, input_img_mode=modes[chans])  # type: ignore
         except (OSError, RuntimeError, ValueError, AssertionError) as e:
             raise CommandError(f'{data} is no folder of images by class: {first_line(e)}') from e
         dataset.transform = transform

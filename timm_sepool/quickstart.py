@@ -6,7 +6,7 @@ ML repository), all through timm's public API.
 import time
 from itertools import count
 from pathlib import Path
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from timm.utils import accuracy, random_seed
 from ._files import CommandError, new_path
 from .hub import save_folder
 
-MODEL_ARGS = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), in_chans=1)
+MODEL_ARGS: Dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), in_chans=1)
 DATA_CFG = dict(
     num_classes=10, input_size=(1, 32, 32), pool_size=(1, 1), mean=(0.5,), std=(0.5,), crop_pct=1.0,
     interpolation='bicubic')

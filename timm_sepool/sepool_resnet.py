@@ -13,7 +13,7 @@ Paper: `Delving deep into spatial pooling for squeeze-and-excitation networks`
 import re
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Dict, Tuple, Type
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
@@ -52,7 +52,7 @@ class SEPoolBottleneck(Bottleneck):
         x = self.bn2(x)
         x = self.drop_block(x)
         x = self.act2(x)
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]
 
         x = self.conv3(x)
         x = self.bn3(x)
@@ -100,8 +100,8 @@ class SEPoolResNet(ResNet):
                 return
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-            elif self._is_built and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()
+            elif self._is_built:
+                getattr(module, 'reset_parameters', lambda: None)()
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             for child in module.children():
@@ -110,15 +110,14 @@ class SEPoolResNet(ResNet):
         _init(self)
         if zero_init_last:
             for module in self.modules():
-                if hasattr(module, 'zero_init_last'):
-                    module.zero_init_last()
+                getattr(module, 'zero_init_last', lambda: None)()
 
 
-def _stage_blocks(attn_layers: Tuple[Callable[..., nn.Module], ...]) -> Tuple[Callable[..., nn.Module], ...]:
+def _stage_blocks(attn_layers: Tuple[Any, ...]) -> Tuple[Any, ...]:
     """One block factory per stage, in the place of ResNet's block class."""
     blocks = []
     for attn_layer in attn_layers:
-        block = partial(SEPoolBottleneck, attn_layer=attn_layer)
+        block: Any = partial(SEPoolBottleneck, attn_layer=attn_layer)
         block.expansion = SEPoolBottleneck.expansion  # ResNet reads it off the class
         blocks.append(block)
     return tuple(blocks)
@@ -231,7 +230,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
 # The bases of the Hub client's error are OSError and that of the HTTP library in use, which differs between its
 # versions and whose errors while transferring are not OSErrors.
-LOADING_ERRORS = (SafetensorError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception))
+LOADING_ERRORS: Tuple[Type[BaseException], ...] = (
+    SafetensorError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception))
 
 
 def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> SEPoolResNet:
@@ -246,7 +246,7 @@ def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> S
             SEPoolResNet, variant, pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             **dict(model_args, **kwargs))
-    except (*LOADING_ERRORS, OSError, EOFError, RuntimeError) as e:
+    except LOADING_ERRORS + (OSError, EOFError, RuntimeError) as e:
         if not pretrained or variant in str(e):
             raise
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))

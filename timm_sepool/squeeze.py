@@ -193,21 +193,18 @@ class SEPoolModule(nn.Module):
     def init_weights(self) -> None:
         """Initialize as the official code does: torch's default for every weight, zero for every bias."""
         for module in (self.bn, self.fc1, self.fc2):
-            if hasattr(module, 'reset_parameters'):
-                module.reset_parameters()
+            getattr(module, 'reset_parameters', lambda: None)()  # an Identity has none
         self._init_own()
 
     def _init_own(self) -> None:
         """What torch's layers do not do for themselves."""
-        for name, param in self.named_parameters(recurse=False):
+        for name, param in self.named_parameters():
             if name.startswith('weight'):
                 # torch's default for a depthwise conv of this kernel, uniform in +-1 / sqrt(fan_in)
                 bound = 1. / param.shape[-1]
                 nn.init.uniform_(param, -bound, bound)
-            else:
+            elif 'bias' in name:
                 nn.init.zeros_(param)
-        nn.init.zeros_(self.fc1.bias)
-        nn.init.zeros_(self.fc2.bias)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
