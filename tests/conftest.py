@@ -18,6 +18,15 @@ os.environ.pop('HF_HUB_CACHE', None)
 
 import torch  # noqa: E402
 
+try:
+    from hypothesis import settings
+except ImportError:
+    pass
+else:
+    settings.register_profile('quick', max_examples=20, derandomize=True, deadline=None)
+    settings.register_profile('full', max_examples=200, deadline=None, print_blob=True)
+    settings.load_profile('quick')  # unless pytest is told --hypothesis-profile=full
+
 
 @pytest.fixture
 def hub() -> HubServer:

@@ -1,5 +1,5 @@
 """ The paper's formulas written out, independent of the package: every pooling and every convolution on its own """
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -7,18 +7,26 @@ import torch.nn.functional as F
 from timm_sepool.squeeze import SPSEModule
 
 
-def squeeze_descriptor(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Fused descriptor (B, C, 1, 1) of an SPSEModule or RGSEModule by its parameters."""
+def weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
+    """What `spatial_weighted_sum` stands for (B, C, 1, 1)."""
+    return sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=x.shape[1]) for w in weights)
+
+
+def squeeze_sum(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Fused descriptor (B, C, 1, 1) of an SPSEModule or RGSEModule before its norm, by its parameters."""
     p = dict(module.named_parameters())
     if isinstance(module, SPSEModule):
-        levels = [(1, p['weight1'], p['bias1']), (2, p['weight2'], p['bias2']), (4, p['weight4'], p['bias4'])]
-    elif module.grid > 1:
-        levels = [(module.grid, p['weight'], None)]
-    else:
-        return F.adaptive_avg_pool2d(x, 1).relu()
-    s = sum(F.conv2d(F.adaptive_avg_pool2d(x, g), w, b, groups=x.shape[1]) for g, w, b in levels)
-    bn = module.bn
-    return F.batch_norm(s, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps).relu()
+        bias = p['bias1'] + p['bias2'] + p['bias4']
+        return weighted_sum(x, [p['weight1'], p['weight2'], p['weight4']]) + bias.view(1, -1, 1, 1)
+    return weighted_sum(x, [p['weight']]) if module.grid > 1 else F.adaptive_avg_pool2d(x, 1)
+
+
+def squeeze_descriptor(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Fused descriptor (B, C, 1, 1)."""
+    s, bn = squeeze_sum(module, x), module.bn
+    if isinstance(bn, torch.nn.BatchNorm2d):
+        s = F.batch_norm(s, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps)
+    return s.relu()
 
 
 def squeeze_gate(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

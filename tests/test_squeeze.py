@@ -1,12 +1,11 @@
 """ The squeezes against the formula with adaptive_avg_pool2d and depthwise conv2d (tests/reference.py) """
 import copy
 from functools import partial
-from typing import Callable, List
 
 import pytest
 import reference
 import torch
-import torch.nn.functional as F
+from common import gradients
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,12 +41,6 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
             module.bn.running_mean.normal_(std=0.1)
             module.bn.running_var.uniform_(0.05, 0.2)
     return module
-
-
-def gradients(f: Callable[[], torch.Tensor], inputs: List[torch.Tensor]) -> List[torch.Tensor]:
-    out = f()
-    cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out.detach(), *torch.autograd.grad((out * cotangent).sum(), inputs)]
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
@@ -97,8 +90,7 @@ def test_half_precision(name: str, dtype: torch.dtype, memory_format: str, size)
     weights = [p.detach().abs() for n, p in build(name, torch.float32).named_parameters() if n.startswith('weight')]
     x = 96. + 20. * torch.randn(8, CHANNELS, *size)
     x = x.to(dtype).contiguous(memory_format=FORMATS[memory_format])
-    expected = sum(
-        F.conv2d(F.adaptive_avg_pool2d(x.double(), w.shape[-1]), w.double(), groups=CHANNELS) for w in weights)
+    expected = reference.weighted_sum(x.double(), [w.double() for w in weights])
     got = spatial_weighted_sum(x, weights)
     assert got.dtype == torch.float32 and got.isfinite().all()
     ratio = (got.double() * expected).sum() / expected.square().sum()
@@ -111,8 +103,7 @@ def test_fp16_autocast(name: str) -> None:
     """Small weights over the area of a large map that the grid does not divide are far below float16's normal range."""
     weights = [1e-3 * p.detach() for n, p in build(name, torch.float32).named_parameters() if n.startswith('weight')]
     x = (1. + torch.randn(4, CHANNELS, 199, 335)).half()
-    expected = sum(
-        F.conv2d(F.adaptive_avg_pool2d(x.double(), w.shape[-1]), w.double(), groups=CHANNELS) for w in weights)
+    expected = reference.weighted_sum(x.double(), [w.double() for w in weights])
     with torch.autocast('cpu', torch.float16):
         got = spatial_weighted_sum(x, weights)
     assert got.dtype == torch.float32
@@ -140,17 +131,6 @@ def test_shortcut(training: bool) -> None:
     before = shortcut.clone()
     torch.testing.assert_close(module(x, shortcut), module(x) + shortcut)
     assert torch.equal(shortcut, before)
-
-
-@pytest.mark.parametrize('height,width', [(1, 1), (7, 7), (7, 14), (100, 167), (56, 3)])
-@pytest.mark.parametrize('grids', [(1, 2, 4), (8,), (21,)], ids=str)
-def test_spatial_kernel_is_the_gradient(grids, height: int, width: int) -> None:
-    """The weight of a position is how much the weighted sum changes with it."""
-    weights = [torch.randn(CHANNELS, 1, g, g, dtype=torch.float64) for g in grids]
-    x = torch.randn(1, CHANNELS, height, width, dtype=torch.float64, requires_grad=True)
-    s = sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=CHANNELS) for w in weights)
-    expected, = torch.autograd.grad(s.sum(), x)
-    torch.testing.assert_close(spatial_kernel(height, width, weights), expected[0].flatten(1))
 
 
 @pytest.mark.parametrize('grids', [(1, 2, 4), (4,)], ids=str)

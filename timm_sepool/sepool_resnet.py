@@ -168,7 +168,7 @@ def _convert_donor(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
     return out
 
 
-def _check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
+def _check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module, num_doubled: int) -> None:
     """timm drops `strict` when num_classes differs and for features_only, so a checkpoint of another architecture
     would load in part, with a warning only."""
     def _comparable(k: str, shape: torch.Size) -> Tuple[int, ...]:
@@ -189,10 +189,14 @@ def _check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> 
     ):
         if keys:
             problems.append(f'{len(keys)} tensors {what} ({", ".join(keys[:2])}{", ..." if len(keys) > 2 else ""})')
-    # timm replaces the classifier where num_classes differs from the config's, so one of these it must be
-    classes = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else None
-    if classes not in (None, model.num_classes, cfg.get('num_classes')):
-        problems.append(f'a classifier of {classes} classes instead of {cfg.get("num_classes", model.num_classes)}')
+    if num_doubled:
+        problems.append(f'{num_doubled} tensors with the name of another')
+    # timm replaces the classifier where num_classes differs from the config's, so one of these it must be. A negative
+    # number there, as of train.py's --pretrained-path, is to have any classifier replaced.
+    classes = next(iter(state_dict['fc.weight'].shape), 0) if 'fc.weight' in state_dict else None
+    expected = cfg.get('num_classes', model.num_classes)
+    if classes not in (None, model.num_classes, expected) and (expected or 0) >= 0:
+        problems.append(f'a classifier of {classes} classes instead of {expected}')
     if problems:
         name = cfg.get('architecture') or type(model).__name__
         source = cfg.get('file') or cfg.get('hf_hub_id')
@@ -219,13 +223,14 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         state_dict = state_dict['state_dict']
     if not all(torch.is_tensor(v) for v in state_dict.values()):
         raise RuntimeError('The checkpoint is no state dict, it holds other things than tensors.')
-    state_dict = {k[7:] if k.startswith('module.') else k: v for k, v in state_dict.items()}
-    if any('.fc_reduction.' in k for k in state_dict):
-        state_dict = _convert_official(state_dict)
-    elif not any('.se.' in k for k in state_dict):
-        state_dict = _convert_donor(state_dict, model)
-    _check_state_dict(state_dict, model)
-    return state_dict
+    renamed = {k[7:] if k.startswith('module.') else k: v for k, v in state_dict.items()}
+    if any('.fc_reduction.' in k for k in renamed):
+        renamed = _convert_official(renamed)
+    num_doubled = len(state_dict) - len(renamed)
+    if not any('.se.' in k for k in renamed):
+        renamed = _convert_donor(renamed, model)
+    _check_state_dict(renamed, model, num_doubled)
+    return renamed
 
 
 # The bases of the Hub client's error are OSError and that of the HTTP library in use, which differs between its
@@ -250,7 +255,9 @@ def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> S
         if not pretrained or variant in str(e):
             raise
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        reason = next(iter(str(e).strip().splitlines()), '') or type(e).__name__
+        lines = [line.strip() for line in str(e).strip().splitlines()]
+        # load_state_dict's first line but announces the reason
+        reason = ' '.join(lines[:2] if lines and lines[0].endswith(':') else lines[:1]) or type(e).__name__
         raise RuntimeError(
             f'The pretrained weights of {variant} can not be loaded from {cfg.file or cfg.hf_hub_id}: {reason} Check '
             'the name and the network (and access to the repository), name a file on disk by '
