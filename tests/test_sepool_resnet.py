@@ -278,20 +278,6 @@ def test_batch_of_one(name: str) -> None:
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_sync_bn_conversion(name: str) -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(tiny(name))
-    norms = [m for n, m in model.named_modules() if n.endswith('.se.bn') and not isinstance(m, nn.Identity)]
-    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
-    torch.testing.assert_close(model(images(2, 64, 64)), tiny_like(name, model)(images(2, 64, 64)))
-
-
-def tiny_like(name: str, model: nn.Module) -> nn.Module:
-    other = tiny(name)
-    other.load_state_dict(model.state_dict())
-    return other
-
-
 # --- initialization
 
 def check_official_initialization(model: nn.Module) -> None:

@@ -1,0 +1,70 @@
+""" Runs functions in processes of their own, with a time limit """
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Callable, List, Optional
+
+import torch
+
+_METHODS = multiprocessing.get_all_start_methods()
+_CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in _METHODS else 'spawn')
+_CONTEXT.set_forkserver_preload(['timm'])  # imported once, the processes are clean otherwise
+
+
+@dataclass
+class Failed:
+    """How a process ended that has no result: its exit code, and its traceback unless it was killed."""
+    exitcode: Optional[int]
+    traceback: str
+
+
+def _main(path: Path, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        torch.save(function(*args), path)
+    except Exception:
+        path.with_suffix('.txt').write_text(traceback.format_exc())
+        os._exit(1)  # at once, where a process group would wait for its others
+
+
+def run_processes(function: Callable, count: int, *args: Any, timeout: float = 300, check: bool = True) -> List[Any]:
+    """Results of `function(rank, *args)` of `count` processes. Whatever still runs after the timeout is killed.
+
+    Args:
+        function: A function that a new process can import.
+        count: Number of processes.
+        *args: Arguments after the rank.
+        timeout: Seconds until the last process has to be done.
+        check: Raise RuntimeError when a process fails, instead of a `Failed` among the results.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f'{rank}.pt') for rank in range(count)]
+        processes = [_CONTEXT.Process(target=_main, args=(p, function, (r, *args))) for r, p in enumerate(paths)]
+        deadline = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.start()
+            running = {p.sentinel: p for p in processes}
+            while running and time.monotonic() < deadline:
+                ended = [running.pop(s) for s in wait(list(running), deadline - time.monotonic())]
+                if check and any(p.exitcode for p in ended):
+                    break  # the others wait for it
+        finally:
+            for process in processes:
+                if process.pid:
+                    process.kill()
+                    process.join()
+        results = []
+        for process, path in zip(processes, paths):
+            text = path.with_suffix('.txt')
+            failed = Failed(process.exitcode, text.read_text() if text.exists() else '')
+            results.append(failed if process.exitcode else torch.load(path, weights_only=False))
+    failures = [f'rank {rank}: {r.exitcode}\n{r.traceback}' for rank, r in enumerate(results) if isinstance(r, Failed)]
+    if check and failures:
+        raise RuntimeError('\n'.join(failures))
+    return results
