@@ -1,6 +1,7 @@
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,14 @@ def seed() -> None:
 def one_thread() -> None:
     # the networks here are too small to share, and two threads stall each other on a busy machine
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_donor(hub: HubServer, tmp_path) -> partial:
+    """create_model of a small rgse_resnet50 whose donor has weights, with a cache of its own."""
+    from common import TINY, serve_donor
+
+    from timm import create_model
+
+    serve_donor(hub, 'resnet50.a1_in1k', **TINY)
+    return partial(create_model, 'rgse_resnet50', pretrained=True, cache_dir=tmp_path / 'cache', **TINY)

@@ -8,6 +8,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import sys
 import threading
 from http.client import responses
@@ -39,6 +41,10 @@ class HubError(Exception):
     """An answer other than success."""
 
     def __init__(self, status: int, code: str = '', message: str = '', headers: Optional[Dict[str, str]] = None):
+        if status == 200:  # not the Hub's answer but a page of what stands between
+            super().__init__('<!DOCTYPE html><title>Log in to this network</title>')
+            self.status, self.headers = status, {'Content-Type': 'text/html'}
+            return
         if not message:
             code, message = _ERRORS.get(status, (code, responses.get(status, 'Error')))
         super().__init__(message)
@@ -83,9 +89,13 @@ class HubServer:
     Attributes:
         repos: Repositories by type ('model', 'dataset', 'space') and id.
         requests: Method and path, without the query, of all requests in their order.
-        faults: What goes wrong, by id of a repository or by id/name of one of its files. An HTTP status answers
-            every request; 'slow' answers after `delay` seconds and 'timeout' hangs up after them. Only downloads are
-            'corrupt' (of the right size, all bytes flipped), 'cut' (not more than the first half ever arrives) and
+        faults: What goes wrong, by id of a repository, by id/name of one of its files or by id/verb of an API call
+            (preupload, commit); with a method before it ('GET user/net') for its requests alone. An HTTP status answers
+            every request (200 with an HTML page); 'slow' answers after `delay` seconds, 'timeout' hangs up after them
+            and 'header' in the middle of the header. A commit that is 'lost' is made, but not answered. Only downloads
+            are 'corrupt' (of the right size, all bytes flipped), 'flip' (one bit in the middle flipped), 'empty',
+            'short' (the first half, announced as the whole), 'reset' (a reset connection after the first half), 'stall'
+            (no more than the first half for `delay` seconds), 'cut' (not more than the first half ever arrives) and
             'cut-once' (the same for the first download of each file alone).
         delay: Seconds.
     """
@@ -156,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self.answer(url.path)
         except HubError as e:
-            self.send(e.status, {'error': str(e)}, e.headers)
+            self.send(e.status, str(e).encode() if e.status == 200 else {'error': str(e)}, e.headers)
 
     do_HEAD = do_POST = do_GET
 
@@ -175,6 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.validate_yaml(json.loads(self.body)['content'])
         elif (match := _API.fullmatch(path)) and (self.command == 'POST') == (match[3] in _POSTED):
             repo_type, repo_id, verb, revision, folder = (unquote(part or '') for part in match.groups())
+            self.check_fault(repo_id, verb)
             repo = self.repo(repo_type, repo_id, write=verb in ('preupload', 'commit'))
             sha, files = repo.at(revision or 'main')
             if verb == 'preupload':
@@ -209,8 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:sent])
 
     def repo(self, repo_type: str, repo_id: str, file: str = '', write: bool = False) -> Repo:
-        """The repository, if it has no fault and the token may do this. To strangers, a private one is missing."""
-        self.check_fault(repo_id, file)
+        """The repository, if the token may do this. To strangers, a private one is missing."""
         repo = self.hub.repos.get((repo_type, repo_id))
         owner = self.logged_in and repo_id.startswith(f'{USER}/')
         if repo is None or (repo.private and not owner) or (write and not self.logged_in):
@@ -222,24 +232,34 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def check_fault(self, repo_id: str, file: str = '') -> None:
-        self.fault = self.hub.faults.get(f'{repo_id}/{file}', self.hub.faults.get(repo_id))
+        names = (f'{repo_id}/{file}', repo_id)
+        keys = (*(f'{self.command} {name}' for name in names), *names)
+        self.fault = next((self.hub.faults[key] for key in keys if key in self.hub.faults), None)
         if isinstance(self.fault, int):
             raise HubError(self.fault)
         if self.fault in ('slow', 'timeout'):
             self.hub.stopping.wait(self.hub.delay)
-        if self.fault == 'timeout':
+        if self.fault == 'header':
+            self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Le')
+        if self.fault in ('timeout', 'header'):
             raise ConnectionAbortedError
 
     def resolve(self, repo_type: str, repo_id: str, revision: str, file: str) -> None:
         """Send a file or a range of it. The client's cache names it by its ETag."""
+        self.check_fault(repo_id, file)
         sha, files = self.repo(repo_type, repo_id, file).at(revision)
         headers = {'X-Repo-Commit': sha, 'Accept-Ranges': 'bytes'}
         if file not in files:
             raise HubError(404, 'EntryNotFound', 'Entry not found', headers)
         data = files[file]
         headers['ETag'] = f'"{hashlib.sha256(data).hexdigest()}"'
+        middle = len(data) // 2
         if self.fault == 'corrupt':
             data = data.translate(bytes(range(255, -1, -1)))
+        elif self.fault == 'flip':
+            data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+        elif self.fault in ('empty', 'short'):
+            data = data[:middle] if self.fault == 'short' else b''
 
         status, start, stop = 200, 0, len(data)
         if match := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
@@ -249,11 +269,16 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers['Content-Range'] = 206, f'bytes {start}-{stop - 1}/{len(data)}'
 
         sent = None
-        if self.command == 'GET' and self.fault in ('cut', 'cut-once'):
-            if self.fault == 'cut' or (repo_id, file) not in self.hub.was_cut:
-                sent = max(0, len(data) // 2 - start)
-            self.hub.was_cut.add((repo_id, file))
+        if self.command == 'GET' and self.fault in ('cut', 'cut-once', 'reset', 'stall'):
+            if self.fault != 'cut-once' or (repo_id, file) not in self.hub.was_cut:
+                sent = max(0, middle - start)
         self.send(status, data[start:stop], headers, sent)
+        if sent is not None:
+            self.hub.was_cut.add((repo_id, file))
+        if self.fault == 'stall':
+            self.hub.stopping.wait(self.hub.delay)
+        elif self.fault == 'reset':
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
 
     def info(self, repo: Repo, sha: str, files: Dict[str, bytes]) -> None:
         siblings = [
@@ -312,6 +337,8 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     raise HubError(400, message=f'{key} is not served here')
             sha = repo.commit(changes)
+        if self.fault == 'lost':
+            raise ConnectionAbortedError
         self.send(200, {'success': True, 'commitOid': sha, 'commitUrl': f'{url}/commit/{sha}', 'hookOutput': ''})
 
     def create(self, args: Dict[str, Any]) -> None:

@@ -74,6 +74,10 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as e:
         raise CommandError(f'There is no checkpoint {path}.') from e
+    except OSError as e:
+        raise CommandError(
+            f'Can not read the checkpoint {path}: {first_line(e)}. Name a file that can be read.'
+        ) from e
     except Exception as e:  # a damaged pickle can end in any
         if 'unsupported global' in str(e).lower():
             raise CommandError(

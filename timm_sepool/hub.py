@@ -3,20 +3,21 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm.data import create_transform, resolve_data_config
 from timm.models import create_model, get_arch_name, get_pretrained_cfg, list_models, save_for_hf
 
 from ._files import CommandError, first_line, load_checkpoint
-from .sepool_resnet import LOADING_ERRORS, checkpoint_filter_fn
+from .sepool_resnet import checkpoint_filter_fn
 
 # Top-1 / top-5 error (%) on ImageNet-1k, single crop, as claimed by the paper (Jin et al. 2022), not reproduced
 FAMILIES = ('plain', 'SE', 'CBAM', 'SPSE', 'RGSE')
@@ -38,6 +39,10 @@ DONOR_RESULTS = {
 RESULTS_URL = 'https://github.com/huggingface/pytorch-image-models/blob/main/results/results-imagenet.csv'
 SOURCE_FIELDS = ('tag', 'url', 'file', 'hf_hub_id', 'source', 'origin_url', 'description', 'paper_ids', 'paper_name')
 PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
+# The bases of the Hub client's error are OSError and that of the HTTP library in use, which differs between its
+# versions and whose errors while transferring are not OSErrors.
+LOADING_ERRORS: Tuple[Type[BaseException], ...] = (
+    SafetensorError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception))
 
 
 def check_model(name: str) -> str:
@@ -435,7 +440,8 @@ def upload(folder: Path, repo_id: str, private: bool = False, force: bool = Fals
         theirs = None
         if 'config.json' in files:
             try:
-                theirs = json.loads(Path(hf_hub_download(repo_id, 'config.json')).read_text())['architecture']
+                config = hf_hub_download(repo_id, 'config.json', revision=info.sha)  # no older one from the cache
+                theirs = json.loads(Path(config).read_text())['architecture']
             except (ValueError, KeyError, TypeError):
                 theirs = 'config.json that is not of timm'
         elif files:

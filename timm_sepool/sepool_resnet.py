@@ -10,18 +10,22 @@ computes exactly: the squeeze starts inert and learns in fine-tuning, and accura
 Paper: `Delving deep into spatial pooling for squeeze-and-excitation networks`
     (Jin et al., Pattern Recognition 121, 2022) - https://doi.org/10.1016/j.patcog.2021.108159
 """
+import os
 import re
 from dataclasses import replace
 from functools import partial
-from typing import Any, Dict, Tuple, Type
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from timm.layers import get_norm_layer
 from timm.models import (
+    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
@@ -168,6 +172,19 @@ def _convert_donor(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
     return out
 
 
+def _is_weight(k: Any, v: Any) -> bool:
+    """Whether an entry can be a parameter or buffer.
+
+    Integers, complex numbers and the codes of quantized tensors would be cast to other values, and a view that repeats
+    the few numbers in a file can take any amount of memory.
+    """
+    return (
+        isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided and not v.is_meta
+        and (v.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64) or 'num_batches_tracked' in k)
+        and v.numel() * v.element_size() <= v.untyped_storage().nbytes()
+    )
+
+
 def _check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module, num_doubled: int) -> None:
     """timm drops `strict` when num_classes differs and for features_only, so a checkpoint of another architecture
     would load in part, with a warning only."""
@@ -221,8 +238,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     """
     if isinstance(state_dict.get('state_dict', None), dict):
         state_dict = state_dict['state_dict']
-    if not all(torch.is_tensor(v) for v in state_dict.values()):
-        raise RuntimeError('The checkpoint is no state dict, it holds other things than tensors.')
+    others = [str(k) for k, v in state_dict.items() if not _is_weight(k, v)]
+    if others:
+        raise RuntimeError(
+            f'The checkpoint is no state dict, {len(others)} of its entries are no dense floating-point tensors by '
+            f'name ({shorten(", ".join(others[:2]), 80)}{", ..." if len(others) > 2 else ""}).'
+        )
     renamed = {k[7:] if k.startswith('module.') else k: v for k, v in state_dict.items()}
     if any('.fc_reduction.' in k for k in renamed):
         renamed = _convert_official(renamed)
@@ -233,10 +254,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return renamed
 
 
-# The bases of the Hub client's error are OSError and that of the HTTP library in use, which differs between its
-# versions and whose errors while transferring are not OSErrors.
-LOADING_ERRORS: Tuple[Type[BaseException], ...] = (
-    SafetensorError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception))
+def _cached_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> str:
+    """How to get weights from the Hub again. Its client does not check what it downloaded, and never asks again."""
+    if cfg.file or not cfg.hf_hub_id:
+        return ''
+    repo_id, _, revision = cfg.hf_hub_id.partition('@')
+    file = cfg.hf_hub_filename or 'model.safetensors'
+    try:
+        path = try_to_load_from_cache(repo_id, file, cache_dir=cache_dir, revision=revision or None)
+    except HFValidationError:  # of the name, and the error that there is already
+        return ''
+    return f' If the download is damaged, remove {os.path.realpath(path)}.' if isinstance(path, str) else ''
 
 
 def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> SEPoolResNet:
@@ -246,23 +274,30 @@ def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> S
     else:
         attn_layers = (partial(squeeze.SPSEModule, norm_layer=norm_layer),) * 4
     model_args = dict(block=_stage_blocks(attn_layers), zero_init_last=False)
-    try:
+
+    def _build(pretrained: bool) -> SEPoolResNet:
         return build_model_with_cfg(
             SEPoolResNet, variant, pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             **dict(model_args, **kwargs))
-    except LOADING_ERRORS + (OSError, EOFError, RuntimeError) as e:
-        if not pretrained or variant in str(e):
+
+    try:
+        return _build(pretrained)
+    except Exception as e:  # a damaged pickle can end in any
+        if not pretrained:
             raise
+        _build(False)  # arguments that no network can be built with have errors of their own
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        lines = [line.strip() for line in str(e).strip().splitlines()]
-        # load_state_dict's first line but announces the reason
-        reason = ' '.join(lines[:2] if lines and lines[0].endswith(':') else lines[:1]) or type(e).__name__
-        raise RuntimeError(
-            f'The pretrained weights of {variant} can not be loaded from {cfg.file or cfg.hf_hub_id}: {reason} Check '
-            'the name and the network (and access to the repository), name a file on disk by '
-            "pretrained_cfg_overlay=dict(file='...'), or use pretrained=False."
-        ) from e
+        message = str(e)
+        if not (isinstance(e, RuntimeError) and f'is not one for {variant}: ' in message):
+            reason = shorten(message, 300).rstrip('.')
+            reason = f'{type(e).__name__}: {reason}' if reason else type(e).__name__
+            message = (
+                f'The pretrained weights of {variant} can not be loaded from {cfg.file or cfg.hf_hub_id}: {reason}. '
+                'Check the name and the network (and access to the repository), name a file on disk by '
+                "pretrained_cfg_overlay=dict(file='...'), or use pretrained=False."
+            )
+        raise RuntimeError(message + _cached_weights(cfg, kwargs.get('cache_dir'))) from e
 
 
 # backbone -> the plain timm model and its weights that are the default donor
