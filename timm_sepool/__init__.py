@@ -5,7 +5,7 @@ here: torch loads this package at the end of its own import, and timm may be hal
 """
 from ._autoload import install as _install
 
-__version__ = '0.1.0.dev0'
+__version__ = '0.1.0'
 
 _PUBLIC = {
     'SPSEModule': 'squeeze',
