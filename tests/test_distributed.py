@@ -265,8 +265,8 @@ def _train_until_lost_rank(rank: int, folder: Path, world: int, how: int, timeou
     pytest.param('SIGSTOP', marks=long),  # waits for the timeout
 ])
 def test_lost_process(tmp_path: Path, how: str) -> None:
-    """One of four processes is lost in the middle of a backward: the others end with an error within the process
-    group's timeout, and two new ones continue from the last checkpoint to the result of undisturbed training."""
+    """One of four processes is killed or stopped in the middle of a backward: the others end with an error, and two new
+    ones continue from the last checkpoint to the result of undisturbed training."""
     expected = run_and_resume(tmp_path, 'rgse', 'single', 'single')
     *others, lost = run_processes(
         _train_until_lost_rank, 4, tmp_path, 4, getattr(signal, how), 30, timeout=120, check=False)
