@@ -4,7 +4,6 @@ Every claim is about what happens while Python, torch and timm are imported, so 
 The programs run under `-W error`, where timm's 'Overwriting ... in registry' would be a failed registration, and have
 to leave stderr empty.
 """
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import sysconfig
 import textwrap
 from pathlib import Path
-from typing import List, Sequence
+from typing import Sequence
 
 import pytest
 from common import NAMES
@@ -146,42 +145,14 @@ def test_idempotent(tmp_path: Path) -> None:
     assert run_python(code, CHECK, cwd=tmp_path) == ''
 
 
-def build_args() -> List[str]:
-    """pip's arguments for a build. Spares it the download of setuptools if the installed one can build us."""
-    installed = [int(d.version.split('.')[0]) for d in importlib.metadata.distributions(name='setuptools')]
-    return ['--quiet', '--no-deps'] + (['--no-build-isolation'] if installed and installed[0] >= 77 else [])
-
-
-@pytest.fixture(scope='session')
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project, since a build writes to its directory."""
-    directory = tmp_path_factory.mktemp('sources')
-    for file in ROOT.iterdir():
-        if file.is_file():
-            shutil.copy(file, directory)
-    shutil.copytree(ROOT / 'timm_sepool', directory / 'timm_sepool')
-    return directory
-
-
-@pytest.fixture(scope='session')
-def wheel(sources: Path) -> Path:
-    run([sys.executable, '-m', 'pip', 'wheel', *build_args(), '-w', sources / 'dist', sources], cwd=sources)
-    return next((sources / 'dist').glob('timm_sepool-*.whl'))
-
-
 def check_file(expected: Path) -> str:
     """Code to append to a program: timm_sepool was imported from there."""
     return f'import timm_sepool; assert timm_sepool.__file__ == {str(expected)!r}, timm_sepool.__file__'
 
 
-def test_wheel(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / 'target'
-    run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', target, wheel], cwd=tmp_path)
-    code = ('import timm', CHECK, check_file(target / 'timm_sepool' / '__init__.py'))
-    assert run_python(*code, cwd=tmp_path, path=[target]) == ''
-
-
-def test_editable(sources: Path, tmp_path: Path) -> None:
+def test_editable(tmp_path: Path) -> None:
+    sources = tmp_path / 'sources'
+    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns('.*', 'tests'))
     run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv'], cwd=tmp_path)
     scheme = {'base': str(tmp_path / 'venv'), 'platbase': str(tmp_path / 'venv')}
     python = Path(sysconfig.get_path('scripts', vars=scheme)) / Path(sys.executable).name
@@ -190,7 +161,8 @@ def test_editable(sources: Path, tmp_path: Path) -> None:
     for entry in Path(sysconfig.get_path('purelib')).iterdir():
         if 'timm_sepool' not in entry.name:
             (site_packages / entry.name).symlink_to(entry)
-    run([sys.executable, '-m', 'pip', '--python', python, 'install', *build_args(), '-e', sources], cwd=tmp_path)
+    pip = [sys.executable, '-m', 'pip', '--python', python]
+    run([*pip, 'install', '--quiet', '--no-deps', '-e', sources], cwd=tmp_path)
     code = ('import timm', CHECK, check_file(sources / 'timm_sepool' / '__init__.py'))
     assert run_python(*code, cwd=tmp_path, python=str(python)) == ''
 

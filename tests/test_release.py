@@ -14,6 +14,7 @@ from typing import Dict, List, Set
 
 import pytest
 import yaml
+from test_autoload import CHECK, check_file, run, run_python
 
 import timm_sepool
 
@@ -68,6 +69,13 @@ def test_wheel(wheel: Path) -> None:
     entry_points = files[f'{info}/entry_points.txt'].decode()
     assert 'timm-sepool = timm_sepool.cli:main' in entry_points
     assert 'timm_sepool = timm_sepool._autoload:install' in entry_points
+
+
+def test_installed(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / 'target'
+    run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', target, wheel], cwd=tmp_path)
+    code = ('import timm', CHECK, check_file(target / 'timm_sepool' / '__init__.py'))
+    assert run_python(*code, cwd=tmp_path, path=[target]) == ''
 
 
 def test_metadata(wheel: Path) -> None:
