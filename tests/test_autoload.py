@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import textwrap
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import List, Sequence
 
 import pytest
 from common import NAMES
@@ -110,12 +110,6 @@ def test_import_ours_first(first: str, autoload: bool, tmp_path: Path) -> None:
     assert run_python(first, CHECK, cwd=tmp_path, autoload=autoload) == ''
 
 
-def test_autoload_off(tmp_path: Path) -> None:
-    """TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches us off, `import timm_sepool` on again."""
-    assert run_python(CHECK_UNKNOWN, 'import timm_sepool', CHECK, cwd=tmp_path, autoload=False) == ''
-    assert run_python('import timm_sepool', CHECK, cwd=tmp_path, autoload=False) == ''
-
-
 def test_imports_nothing_else(tmp_path: Path) -> None:
     """Python alone imports nothing of ours, torch neither timm nor our models."""
     code = """
@@ -150,139 +144,6 @@ def test_idempotent(tmp_path: Path) -> None:
     assert timm.model_entrypoint('spse_resnet50') is entrypoint
     """
     assert run_python(code, CHECK, cwd=tmp_path) == ''
-
-
-@pytest.mark.parametrize('imports, autoload', [
-    # the second waits for timm.models, which waits for it
-    ({'timm.layers.activations': 'timm_sepool.squeeze', 'timm.models.vgg': 'timm_sepool.sepool_resnet'}, True),
-    # too late for a hook on timm.models
-    ({'timm.models.vgg': 'timm_sepool.squeeze'}, False),
-], ids=['autoload', 'no_autoload'])
-def test_threads(imports: Dict[str, str], autoload: bool, tmp_path: Path) -> None:
-    """Other threads may import our modules while timm is half-imported."""
-    code = f"""
-    import importlib
-    import sys
-    import threading
-    import time
-
-    threads = {{
-        name: threading.Thread(target=importlib.import_module, args=(module,), daemon=True)
-        for name, module in {imports}.items()
-    }}
-
-    class Trap:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname in threads:
-                threads[fullname].start()
-                time.sleep(0.5)  # until it waits for timm
-
-    sys.meta_path.insert(0, Trap())
-    import timm
-    for thread in threads.values():
-        thread.join(60)
-        assert not thread.is_alive()
-    assert all(module in sys.modules for module in {imports}.values())
-    """
-    assert run_python(code, CHECK, cwd=tmp_path, autoload=autoload) == ''
-
-
-# a meta path finder that breaks the registration
-BREAK = """
-import sys
-
-class Broken:
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname == 'timm_sepool.sepool_resnet':
-            raise OSError('disk on fire')
-
-sys.meta_path.insert(0, Broken())
-"""
-
-
-def test_failure_is_one_warning(tmp_path: Path) -> None:
-    code = """
-    import torch
-    import timm
-    import timm_sepool
-    assert type(timm.create_model('resnet18')).__name__ == 'ResNet'
-    """
-    stderr = run_python(BREAK, code, CHECK_UNKNOWN, cwd=tmp_path, flags=())
-    assert stderr.count('Warning') == 1
-    assert 'RuntimeWarning: timm_sepool could not register its models' in stderr
-    assert 'OSError: disk on fire' in stderr
-
-    # where the warning would be an error, it is logged
-    stderr = run_python(BREAK, code, CHECK_UNKNOWN, cwd=tmp_path)
-    assert 'Warning' not in stderr and 'Traceback' not in stderr
-    assert stderr.count('timm_sepool could not register its models') == 1
-    assert 'OSError: disk on fire' in stderr
-
-
-def test_stubbed_timm(tmp_path: Path) -> None:
-    """`import torch` works where timm is a stand-in without a spec, as in builds of documentation."""
-    code = """
-    import sys
-    from unittest import mock
-    sys.modules['timm'] = sys.modules['timm.models'] = mock.MagicMock()
-    import torch
-    """
-    stderr = run_python(code, cwd=tmp_path, flags=())
-    assert stderr.count('RuntimeWarning: timm_sepool could not register its models') == 1
-
-
-ADDON = """
-import importlib.util
-import sys
-
-class Finder:
-    searching = False
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != 'timm.models' or self.searching:
-            return None
-        self.searching = True
-        spec = importlib.util.find_spec(fullname)
-        self.searching = False
-        exec_module = spec.loader.exec_module
-
-        def exec_and_register(module):
-            exec_module(module)
-            from timm.models import register_model
-            register_model(other_addon_net)
-
-        spec.loader.exec_module = exec_and_register
-        return spec
-
-def other_addon_net(pretrained=False, **kwargs):
-    pass
-
-def install():
-    if not any(isinstance(f, Finder) for f in sys.meta_path):
-        sys.meta_path.insert(0, Finder())
-"""
-
-
-@pytest.mark.parametrize('first, finders', [
-    ('import timm_sepool', ['other_addon', 'timm_sepool._autoload']),
-    ('import other_addon; other_addon.install()', ['timm_sepool._autoload', 'other_addon']),
-], ids=['ours_behind', 'ours_in_front'])
-def test_other_addon(first: str, finders: List[str], tmp_path: Path) -> None:
-    """Another package with the same technique works beside us, whichever of the two finders asks the other."""
-    (tmp_path / 'other_addon.py').write_text(ADDON)
-    info = tmp_path / 'other_addon-1.0.dist-info'
-    info.mkdir()
-    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: other_addon\nVersion: 1.0\n')
-    (info / 'entry_points.txt').write_text('[torch.backends]\nother_addon = other_addon:install\n')
-    code = f"""
-    import sys
-    import torch
-    found = [type(f).__module__ for f in sys.meta_path]
-    assert [f for f in found if f in {finders}] == {finders}, found
-    import timm
-    assert timm.is_model('other_addon_net')
-    """
-    assert run_python(first, code, CHECK, cwd=tmp_path, path=[tmp_path]) == ''
 
 
 def build_args() -> List[str]:

@@ -9,33 +9,45 @@ import logging
 import sys
 import threading
 import warnings
+from contextlib import contextmanager
+from typing import Iterator
 
 _TRIGGER = 'timm.models'
 _MODELS = ('timm_sepool.sepool_resnet', 'timm_sepool.adopted')
+_said = set()
 
 
 def install() -> None:
     """Register the models: at once if timm.models has been imported, else as soon as it is. Idempotent."""
-    if any(isinstance(f, _Finder) for f in sys.meta_path):
-        return
-    if sys.modules.get(_TRIGGER) is not None:
-        _register()  # waits for timm.models if another thread is still importing it
-    else:
-        sys.meta_path.insert(0, _Finder())
+    with _failure_is_a_warning():
+        if any(isinstance(f, _Finder) for f in sys.meta_path):
+            return
+        if sys.modules.get(_TRIGGER) is not None:
+            _register()  # waits for timm.models if another thread is still importing it
+        else:
+            sys.meta_path.insert(0, _Finder())
+
+
+@contextmanager
+def _failure_is_a_warning() -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as e:  # Ctrl-C is not ours to swallow
+        message = f'timm_sepool could not register its models, timm works without them: {type(e).__name__}: {e}'
+        if message in _said:  # `install` is called by the package and by torch
+            return
+        _said.add(message)
+        try:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+        except RuntimeWarning:  # raised under -W error
+            logging.getLogger(__name__).warning(message)
 
 
 def _register() -> None:
-    try:
-        for name in _MODELS:
-            # else registered, or about to be by its importer, maybe a thread that waits for the timm.models of this one
-            if name not in sys.modules:
-                importlib.import_module(name)
-    except Exception as e:
-        message = f'timm_sepool could not register its models, timm works without them: {type(e).__name__}: {e}'
-        try:
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-        except RuntimeWarning:  # raised under -W error
-            logging.getLogger(__name__).warning(message)
+    for name in _MODELS:
+        # else registered, or about to be by its importer, maybe a thread that waits for the timm.models of this one
+        if name not in sys.modules:
+            importlib.import_module(name)
 
 
 class _Finder:
@@ -55,7 +67,7 @@ class _Finder:
             spec = next((s for s in specs if s is not None), None)
         finally:
             self._searching.value = False
-        if spec is not None and spec.loader is not None:
+        if hasattr(getattr(spec, 'loader', None), 'exec_module'):
             spec.loader = _Loader(spec.loader, self)
         return spec
 
@@ -76,6 +88,9 @@ class _Loader:
     def exec_module(self, module) -> None:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-        _register()
+        with _failure_is_a_warning():
+            _register()
+        # last, so that an import that Ctrl-C broke off is caught when it is tried again
+        with _failure_is_a_warning():
+            if self._finder in sys.meta_path:
+                sys.meta_path.remove(self._finder)

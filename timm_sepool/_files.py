@@ -1,10 +1,13 @@
 """ Reading checkpoints and writing outputs for the command line: one clear error, nothing half-written """
 import argparse
+import atexit
 import os
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from tempfile import mkdtemp
+from typing import Any, Dict, Iterator, Optional
 
 from safetensors import SafetensorError
 
@@ -22,31 +25,56 @@ def check_new(path: Path) -> None:
 
 
 @contextmanager
+def temporary_folder(parent: Optional[Path] = None) -> Iterator[Path]:
+    """Yield a new folder for the body alone and remove it, even if a second Ctrl-C interrupts the removal."""
+    folder = Path(mkdtemp(prefix='.timm-sepool-', dir=parent))
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(remove)
+    try:
+        yield folder
+    finally:
+        remove()
+        atexit.unregister(remove)
+
+
+@contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` for the body to write, renamed to `path` if the body succeeds.
+    """Yield a temporary path beside `path` for the body to write, renamed to `path` if the body succeeds.
 
     Raises:
         CommandError: If `path` exists or can't be written.
     """
     path = Path(path)
     check_new(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        try:
+        with temporary_folder(path.parent) as folder:
+            temporary = folder / path.name
             yield temporary
             umask = os.umask(0)
             os.umask(umask)
             for file in [temporary, *temporary.rglob('*')]:
                 if file.is_file() and not file.is_symlink():
                     file.chmod(0o666 & ~umask)  # safetensors writes files for their owner only
-            os.rename(temporary, path)
-        finally:
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink(missing_ok=True)
+            _rename(temporary, path)
+    except BrokenPipeError:  # of what the body prints
+        raise
     except (OSError, SafetensorError) as e:
+        check_new(path)  # says it better if the output has appeared or its folder has gone meanwhile
         raise CommandError(f'Can not write {path}: {e}. Choose another output or make room.') from e
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename, and fail if another process has written the target meanwhile, which os.rename would replace by a file."""
+    if source.is_dir():
+        os.rename(source, target)
+        return
+    try:
+        os.link(source, target)  # the source is removed with its folder
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        check_new(target)
+        os.rename(source, target)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,13 +4,19 @@ Every subcommand reports bad input as one line on stderr with exit code 2 and wr
 first, so that nothing is left half-written. torch and timm are imported by the subcommands, not for `--help`.
 """
 import argparse
+import io
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from safetensors import SafetensorError
+
 from . import __version__
-from ._files import CommandError, check_new, new_path
+from ._files import CommandError, check_new, new_path, temporary_folder
 
 
 def model_table() -> List[Dict[str, Any]]:
@@ -80,7 +86,7 @@ def cmd_convert(args: argparse.Namespace) -> None:
 
 def cmd_imagefolder(args: argparse.Namespace) -> None:
     try:
-        lines = args.list.read_text().splitlines()
+        lines = args.list.read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise CommandError(f'Can not read the list {args.list}: {e}') from e
     samples = []
@@ -123,11 +129,10 @@ def cmd_quickstart(args: argparse.Namespace) -> None:
 
 
 def cmd_bench(args: argparse.Namespace) -> None:
-    from importlib.util import find_spec
-
     import torch
 
     from .bench import DEFAULT_MODELS, MODES, bench, plot, table
+    from .plot import new_figure
 
     size = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
     if len(size) != 2:
@@ -136,8 +141,7 @@ def cmd_bench(args: argparse.Namespace) -> None:
         check_new(args.plot)
         if args.plot.suffix != '.png':
             raise CommandError(f'{args.plot} has to be named .png.')
-        if find_spec('matplotlib') is None:
-            raise CommandError('The chart needs matplotlib: pip install "timm_sepool[plot]".')
+        new_figure(1, 1)  # says so if matplotlib is missing
     if args.threads is not None:
         if args.threads < 1:
             raise CommandError(f'--threads must be at least 1, got {args.threads}.')
@@ -154,11 +158,12 @@ def cmd_bench(args: argparse.Namespace) -> None:
 def cmd_cards(args: argparse.Namespace) -> None:
     from .hub import default_cards
 
+    check_new(args.output)  # before the work, not after it
     cards = default_cards()
     with new_path(args.output) as temporary:
         temporary.mkdir()
         for name, text in cards.items():
-            (temporary / name).write_text(text)
+            (temporary / name).write_text(text, encoding='utf-8')
     print(f'wrote {len(cards)} cards to {args.output}')
 
 
@@ -168,8 +173,6 @@ def _preprocessing(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def cmd_push(args: argparse.Namespace) -> None:
-    from tempfile import TemporaryDirectory
-
     from .hub import check_model, check_repo_id, check_token, export, upload
 
     check_model(args.model)
@@ -187,11 +190,16 @@ def cmd_push(args: argparse.Namespace) -> None:
             export(args.model, args.repo_id, temporary, **export_args)
         print(f'wrote {args.dry_run}, nothing was uploaded')
         return
-    with TemporaryDirectory() as folder:
-        export(args.model, args.repo_id, Path(folder), **export_args)
-        size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        print(f'uploading {size / 1e6:.1f} MB to {args.repo_id}')  # with the Hub client's own progress bars
-        url = upload(Path(folder), args.repo_id, args.private, args.force)
+    try:
+        with temporary_folder() as folder:
+            export(args.model, args.repo_id, folder, **export_args)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            print(f'uploading {size / 1e6:.1f} MB to {args.repo_id}')  # with the Hub client's own progress bars
+            url = upload(folder, args.repo_id, args.private, args.force)
+    except BrokenPipeError:  # of print
+        raise
+    except (OSError, SafetensorError) as e:
+        raise CommandError(f'Can not write temporary files: {e}. Make room or set TMPDIR to another folder.') from e
     print(f"pushed {url}\n\n  timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
 
 
@@ -350,17 +358,64 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run one subcommand and return its exit code: 0, 2 for bad input, 130 if interrupted."""
-    args = _parser().parse_args(argv)
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, to be cleaned up after like Ctrl-C."""
+
+
+def _terminate(signum, frame) -> None:
+    raise _Terminated
+
+
+def _open_stdio() -> None:
+    """Have somewhere to print to if a stream was closed (`>&-`), and print what its encoding lacks as escapes."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors='backslashreplace')
+
+
+def _flush() -> None:
+    """Print what is buffered. Where that fails it is forgotten, Python would try it again at its exit."""
     try:
-        args.func(args)
-    except CommandError as e:
-        print(f'timm-sepool {args.command}: error: {e}', file=sys.stderr)
-        return 2
+        sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            raise
+        raise CommandError(f'Can not print: {e}. Make room or print elsewhere.') from e
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        Exit code: 0, 2 for bad input, 130 or 143 if interrupted (SIGINT, SIGTERM), 141 if nobody reads the output.
+    """
+    _open_stdio()
+    handle = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # else it is ignored or the caller's
+    handle = handle and threading.current_thread() is threading.main_thread()
+    if handle:
+        signal.signal(signal.SIGTERM, _terminate)
+    command = ''
+    try:
+        try:
+            args = _parser().parse_args(argv)
+            command = f' {args.command}'
+            args.func(args)
+        finally:
+            _flush()
     except BrokenPipeError:  # `timm-sepool list | head`
-        sys.stdout = None
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return 130
+        return 141
+    except (CommandError, OSError) as e:  # the latter from print, or from a system at its limits
+        message = ' '.join(str(e).splitlines())  # a path may hold a newline
+        print(f'timm-sepool{command}: error: {message}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        terminated = isinstance(e, _Terminated)
+        print('terminated' if terminated else 'interrupted', file=sys.stderr)
+        return 143 if terminated else 130
+    finally:
+        if handle:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0

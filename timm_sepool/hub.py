@@ -266,7 +266,7 @@ def read_run_args(
         CommandError: If it is none, or of another architecture.
     """
     try:
-        arguments = yaml.safe_load(path.read_text())
+        arguments = yaml.safe_load(path.read_text(encoding='utf-8'))
         trained_as = str(arguments['model'])
         global_pool = {'global_pool': arguments['gp']} if arguments.get('gp') else {}  # train.py's --gp
         model_kwargs = {**global_pool, **(arguments.get('model_kwargs') or {}), **(model_kwargs or {})}
@@ -314,7 +314,7 @@ def read_results(path: Path, arch: str) -> List[Dict[str, Any]]:
         CommandError: If it is none, or holds none of this network.
     """
     try:
-        with open(path, newline='') as f:
+        with open(path, newline='', encoding='utf-8') as f:
             rows = [row for row in csv.DictReader(f) if get_arch_name(row['model']) == arch]
         results = [dict(img_size=int(r['img_size']), top1=float(r['top1']), top5=float(r['top5'])) for r in rows]
     except (OSError, KeyError, TypeError, ValueError) as e:
@@ -374,7 +374,7 @@ def export(
         cfg['license'] = license
     if labels is not None:
         try:
-            label_names = labels.read_text().splitlines()
+            label_names = labels.read_text(encoding='utf-8').splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise CommandError(f'Can not read the labels {labels}: {e}') from e
         if len(label_names) != model.num_classes:

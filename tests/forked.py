@@ -1,0 +1,118 @@
+""" Runs `timm-sepool` many times at the price of importing torch once, for tests of interrupts and broken outputs
+
+Started as `python forked.py`, it reads one case a line from stdin (JSON) and answers with one line. Each case runs in a
+fork of its own that has the modules, but not the work of other cases. It ends as a program does, through threads and
+exit handlers, but for the second and more that Python takes to free the modules (SEPOOL_TEST_FULL=1: with that too).
+"""
+import atexit
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import threading
+from typing import Any, Callable, Dict, Optional
+
+MODULES = ('cli', 'hub', 'quickstart', 'bench', 'plot')
+TIMEOUT = 120
+
+
+def strike(target: str, number: int, action: Callable[[], Any], after: bool) -> None:
+    """Have an action happen at one call of a function.
+
+    Args:
+        target: 'module:function' or 'module:class.method'.
+        number: Which call, from 1.
+        action: What happens.
+        after: After the call instead of before it.
+    """
+    module, _, path = target.partition(':')
+    owner = importlib.import_module(module)
+    *parents, name = path.split('.')
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original = getattr(owner, name)
+    calls = 0
+
+    def patched(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        now = calls == number
+        if now and not after:
+            action()
+        result = original(*args, **kwargs)
+        if now and after:
+            action()
+        return result
+
+    setattr(owner, name, patched)
+
+
+def child(case: Dict[str, Any]) -> None:
+    """Turn into the process that a shell would start, with the faults of the case."""
+    os.setsid()
+    signal.alarm(TIMEOUT)  # ends what hangs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(case['cwd'])
+    tempfile.tempdir = case['tmp']
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for fd, name in ((1, case['stdout']), (2, case['stderr'])):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), fd)
+    if case['fsize']:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (case['fsize'],) * 2)
+    for target, number, what, after in case['strikes']:
+        if what.startswith('SIG'):
+            def action(what=what):
+                signal.raise_signal(getattr(signal, what))
+        else:
+            def action(what=what):
+                exec(what, {'os': os, 'sys': sys})
+        strike(target, number, action, after)
+    for name in case['missing']:
+        for loaded in [m for m in sys.modules if m == name or m.startswith(f'{name}.')]:
+            del sys.modules[loaded]
+        sys.modules[name] = None
+    if case['uid'] is not None:
+        os.setuid(case['uid'])
+    sys.argv = ['timm-sepool', *case['argv']]
+
+
+def serve() -> Optional[Dict[str, Any]]:
+    """Answer cases until stdin ends. Returns in each fork, with its case."""
+    assert threading.active_count() == 1, 'a fork has no other threads'
+    print('ready', flush=True)
+    for line in sys.stdin:
+        case = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            return case
+        _, status = os.waitpid(pid, 0)
+        try:
+            os.killpg(pid, signal.SIGKILL)
+            left = True
+        except ProcessLookupError:
+            left = False
+        print(json.dumps([os.waitstatus_to_exitcode(status), left]), flush=True)
+    return None
+
+
+if __name__ == '__main__':
+    for module in MODULES:
+        importlib.import_module(f'timm_sepool.{module}')
+    importlib.import_module('matplotlib.figure')
+    importlib.import_module('matplotlib.backends.backend_agg')
+    importlib.import_module('sklearn.datasets')
+    case = serve()
+    if case is not None:
+        child(case)
+        from timm_sepool.cli import main
+        if os.environ.get('SEPOOL_TEST_FULL'):
+            sys.exit(main())
+        code = main()
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
