@@ -228,7 +228,7 @@ def signals() -> Iterator:
                     yield pytest.param(command, (target, number, after), name, id=f'{command}-{where}-{name}')
 
 
-@pytest.mark.parametrize('command,point,name', signals())
+@pytest.mark.parametrize('command,point,name', list(signals()))
 def test_signal(timm_sepool: Runner, hub: HubServer, command: str, point: Tuple[str, int, bool], name: str) -> None:
     """Usual exit code, one line, no process left; nothing is written, or all of it if it was just renamed."""
     hub.repos.pop(('model', 'user/fault'), None)

@@ -497,6 +497,8 @@ def test_interpreter_flags(tree: Tree, flags: str) -> None:
 def test_read_only_installation(tree: Tree) -> None:
     """No byte code can be written, as another user than root."""
     root = os.geteuid() == 0
+    if root and tree.kind == REAL:
+        pytest.skip('root may have a Python that no other user can read')
     folders = [p for p in tree.folder.rglob('*') if p.is_dir() and not p.is_symlink()]
     above = [p for p in (tree.folder, *tree.folder.parents) if root and p.stat().st_uid == 0 and p != Path('/')]
     modes = {p: p.stat().st_mode for p in (*folders, *above)}
