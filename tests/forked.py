@@ -2,7 +2,7 @@
 
 Started as `python forked.py`, it reads one case a line from stdin (JSON) and answers with one line. Each case runs in a
 fork of its own that has the modules, but not the work of other cases. It ends as a program does, through threads and
-exit handlers, but for the second and more that Python takes to free the modules (SEPOOL_TEST_FULL=1: with that too).
+exit handlers, but for the second and more that Python takes to free the modules (FAULTS_FULL=1: with that too).
 """
 import atexit
 import importlib
@@ -108,7 +108,7 @@ if __name__ == '__main__':
     if case is not None:
         child(case)
         from timm_sepool.cli import main
-        if os.environ.get('SEPOOL_TEST_FULL'):
+        if os.environ.get('FAULTS_FULL'):
             sys.exit(main())
         code = main()
         threading._shutdown()

@@ -3,7 +3,7 @@
 A failure of ours never breaks `import torch` or `import timm` and says so in one RuntimeWarning, or one line of the log
 where warnings are errors; Ctrl-C is nobody's failure. Each case is a process of its own, most with small stand-ins for
 torch, which only calls its entry points, for timm, which only has a registry, and for the two modules that register
-the models. SEPOOL_TEST_FULL=1 runs those with the real ones as well.
+the models. FAULTS_FULL=1 runs those with the real ones as well.
 """
 import os
 import shutil
@@ -20,7 +20,7 @@ from common import NAMES
 from test_autoload import CHECK, CHECK_UNKNOWN, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL = bool(os.environ.get('SEPOOL_TEST_FULL'))
+FULL = bool(os.environ.get('FAULTS_FULL'))
 FILES = {
     'torch/__init__.py': """
         import os
@@ -160,7 +160,7 @@ class Tree:
             assert flags or f'RuntimeWarning: {said}' in result.stderr
 
 
-@pytest.fixture(params=[STAND_IN, pytest.param(REAL, marks=pytest.mark.skipif(not FULL, reason='SEPOOL_TEST_FULL'))])
+@pytest.fixture(params=[STAND_IN, REAL] if FULL else [STAND_IN])
 def tree(request, tmp_path: Path) -> Tree:
     return Tree(tmp_path / 'site', request.param)
 

@@ -1,5 +1,8 @@
 """ What README says is what the package does """
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from common import NAMES, serve_donor
@@ -9,7 +12,8 @@ import timm
 from timm_sepool.cli import model_table
 from timm_sepool.hub import DONOR_RESULTS
 
-README = (Path(__file__).parents[1] / 'README.md').read_text()
+TESTS = Path(__file__).parent
+README = (TESTS.parent / 'README.md').read_text()
 
 
 def test_model_table() -> None:
@@ -45,3 +49,15 @@ def test_donor_table() -> None:
         tag = f'from_{donor.removeprefix("timm/").replace(".", "_")}'
         assert f'| `*_{backbone}` | `{tag}` | {figures} |' in README
         assert timm.get_pretrained_cfg(f'rgse_{backbone}').tag == tag
+
+
+def test_reliability_table() -> None:
+    """As many faults as there are tests of them."""
+    rows = re.findall(r'\| \w+(?: \w+)? \(\[(test_faults_\w+\.py)\].*\| (\d+) \| \d+ \|', README)
+    assert {file for file, _ in rows} == {path.name for path in TESTS.glob('test_faults_*.py')}
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '--collect-only', '-q', *(file for file, _ in rows)], cwd=TESTS,
+        capture_output=True, text=True, timeout=300, env={**os.environ, 'FAULTS_FULL': '1'})
+    assert result.returncode == 0, result.stdout
+    for file, count in rows:
+        assert len(re.findall(rf'{file}::', result.stdout)) == int(count), file
