@@ -110,7 +110,7 @@ class _MallInfo(ctypes.Structure):
 
 
 def usage() -> Dict[str, int]:
-    """What the process holds now. 'heap' is exact, 'rss' has pages that the allocator keeps for later."""
+    """What the process holds now. 'heap' is exact, 'rss' has pages that no object needs."""
     gc.collect()
     kinds = [type(o) for o in gc.get_objects()]
     held = {
@@ -119,12 +119,13 @@ def usage() -> Dict[str, int]:
         'objects': len(kinds),
     }
     if sys.platform == 'linux':
-        held['rss'] = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-        mallinfo = getattr(ctypes.CDLL(None), 'mallinfo2', None)  # glibc 2.33
-        if mallinfo:
-            mallinfo.restype = _MallInfo
-            info = mallinfo()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, 'mallinfo2'):  # glibc 2.33
+            libc.malloc_trim(0)  # free pages between kept ones, such as those of the source code that fx keeps
+            libc.mallinfo2.restype = _MallInfo
+            info = libc.mallinfo2()
             held['heap'] = info.uordblks + info.hblkhd
+        held['rss'] = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     return held
 
 
