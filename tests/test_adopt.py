@@ -343,6 +343,11 @@ def test_adopted_is_adopt() -> None:
     model = timm.create_model('adopted', base='regnety_002.pycls_in1k', squeeze='spse')
     assert model.pretrained_cfg['tag'] == 'pycls_in1k'
     assert model.s1.b1.se.squeeze.weight4.shape[-1] == 4
+    # the size of a base that is built for one
+    grids, larger = ({
+        k: v.shape[-1] for k, v in squeeze_weights(timm.create_model('adopted', base='gcvit_xxtiny', **args)).items()
+    } for args in ({}, dict(img_size=448)))
+    assert grids and all(larger[k] == 2 * grid for k, grid in grids.items())
     # as scripts that resolve the config themselves pass it on
     cfg = timm.models.resolve_pretrained_cfg('adopted').to_dict()
     model = timm.create_model('adopted', base='tf_efficientnet_b0', pretrained_cfg=cfg)

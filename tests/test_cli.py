@@ -221,6 +221,12 @@ def test_imagefolder(tmp_path, capsys, image_list: Path) -> None:
     assert [(image.getpixel((0, 0))[0], label) for image, label in dataset] == [(30, 0), (0, 1)]
 
 
+def test_model_kwargs_bad_input(capsys) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        main(['convert', 'in.pth', 'out.safetensors', '--model', 'rgse_resnet50', '--model-kwargs', 'layers'])
+    assert 'argument --model-kwargs: expected KEY=VALUE, got layers' in capsys.readouterr().err
+
+
 def test_imagefolder_bad_input(tmp_path, capsys, image_list: Path) -> None:
     out = tmp_path / 'out'
     (tmp_path / 'existing').mkdir()

@@ -210,6 +210,7 @@ def test_plain_se() -> None:
 
     # seven columns and the longest names
     model = timm.create_model('efficientnet_b0').eval()
+    assert [ax.get_visible() for ax in plot_gates(model, images(2, 32, 32), [0, 1]).axes] == 7 * [True] + [False]
     figure = plot_descriptors(model, images(2, 64, 96), [0, 1], 1000 * ['Long Class Name in Full'])
     assert figure.axes[7].get_title().startswith('blocks.6.0.se')
     readable(figure)
@@ -258,6 +259,13 @@ def test_bad_arguments() -> None:
     cbam = timm.create_model('resnet50', block_args=dict(attn_layer='cbam'), **TINY)
     with pytest.raises(ValueError, match='has no gates .B, C, 1, 1.'):
         plot_gates(cbam, x, [0, 1])
+    with pytest.raises(ValueError, match='puts out features, a network that classifies is needed'):
+        plot_gates(timm.create_model('rgse_resnet50', features_only=True, **TINY), x, [0, 1])
+    with pytest.raises(ValueError, match='mean and std are of 1 channels, the images of 3'):
+        plot_descriptors(model, x, mean=[0.5], std=[0.5])
+    model.layer4[0].se.forward = lambda x, shortcut: x + shortcut
+    with pytest.raises(ValueError, match=r'layer4.0.se \(RGSEModule\) is no SE module that uses its gate layer'):
+        plot_gates(model, x, [0, 1])
 
 
 # --- the command
@@ -363,6 +371,15 @@ def test_command_on_checkpoint_and_folder(tmp_path, capsys, monkeypatch, photos:
     assert list(lines(figures[-1].axes[0])) == ['class b', 'class c', 'mean over all 2 classes']
     check_png(tmp_path / 'gates.png', 1400)
 
+    # a network of timm itself, with the names of ImageNet's classes
+    torch.save({'state_dict': timm.create_model('seresnet50', **TINY).state_dict()}, 'se.pth')
+    argv = ['seresnet50', *TINY_ARGS, '--checkpoint', 'se.pth', '--data', 'photos', '--img-size', '32']
+    assert main(['plot', 'descriptors', *argv, '--out', 'se.png']) == 0
+    prediction = figures[-1].axes[0].get_ylabel().split('\n')[1].removeprefix('predicted ')
+    info = timm.data.ImageNetInfo()
+    names = [info.index_to_description(i) for i in range(1000)]
+    assert any(name.startswith(prediction.removesuffix('...')) for name in names)
+
 
 def test_command_bad_input(tmp_path, capsys, monkeypatch, folder: Path, photos: Path) -> None:
     """One clear line each, exit code 2, nothing written."""
@@ -396,6 +413,7 @@ def test_command_bad_input(tmp_path, capsys, monkeypatch, folder: Path, photos: 
     fails('The checkpoint is not one for spse_resnet50', 'spse_resnet50', *rgse[1:])
     fails('resnet18.pth holds no rgse_resnet50 weights', 'rgse_resnet50', *TINY_ARGS, '--checkpoint', 'resnet18.pth')
     fails('There is no checkpoint none.pth', 'rgse_resnet50', '--checkpoint', 'none.pth')
+    fails('resnet18.pth can not be loaded as a seresnet18', 'seresnet18', '--checkpoint', 'resnet18.pth')
     fails('nope can not be loaded', 'nope')
     fails('local-dir:digits has weights of its own', 'local-dir:digits', *rgse[1:])
     fails('ResNet has no SE module with a gate layer', 'resnet')

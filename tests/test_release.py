@@ -150,6 +150,7 @@ def test_documentation(module: str) -> None:
 def test_public_names(name: str) -> None:
     """What the package exports documents its arguments and its shapes or units."""
     thing = getattr(timm_sepool, name)
+    assert name in dir(timm_sepool)
     doc = inspect.getdoc(thing)
     target = thing.__init__ if inspect.isclass(thing) else thing
     if inspect.isclass(thing):
