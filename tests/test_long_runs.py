@@ -197,8 +197,8 @@ RUNS = {
     **{f'create-{n}': (cycle, (n, dict(TINY, num_classes=10)), CYCLES) for n in FAMILIES},
     **{f'features-{n}': (cycle, (n, dict(TINY, features_only=True)), CYCLES) for n in FAMILIES},
     **{f'fx-{n}': (cycle, (n, dict(TINY, num_classes=10), True), CYCLES) for n in FAMILIES},
-    'create-adopted': (cycle, ('adopted', ADOPTED), CYCLES // 2),
-    'features-adopted': (cycle, ('adopted', dict(ADOPTED, features_only=True)), CYCLES // 2),
+    'create-adopted': (cycle, ('adopted', ADOPTED), CYCLES),
+    'features-adopted': (cycle, ('adopted', dict(ADOPTED, features_only=True)), CYCLES),
 }
 
 

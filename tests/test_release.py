@@ -1,6 +1,7 @@
 """ What is published: wheel and sdist, their metadata, and the documentation strings """
 import ast
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -24,18 +25,23 @@ MODULES = ['squeeze', 'sepool_resnet', 'adopted', 'hub', 'bench', 'detection', '
 
 
 def files_under(folder: Path) -> Set[str]:
-    paths = [path for path in folder.rglob('*') if path.is_file() and '__pycache__' not in path.parts]
-    return {path.relative_to(folder.parent).as_posix() for path in paths}
+    paths = [path.relative_to(folder.parent) for path in folder.rglob('*') if path.is_file()]
+    return {path.as_posix() for path in paths if not any(p == '__pycache__' or p.startswith('.') for p in path.parts)}
 
 
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the sdist and of the wheel that is built from it, as `python -m build` makes them."""
     sources = tmp_path_factory.mktemp('release') / 'sources'
-    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns('.git', '.venv', '*_cache', '*.egg-info'))
+    sources.mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, sources)
+    for name in ('timm_sepool', 'tests', 'hf_cards', '.ci', '.github'):
+        shutil.copytree(ROOT / name, sources / name)
     result = subprocess.run(
-        [sys.executable, '-m', 'build', '--outdir', sources.parent / 'dist', sources], cwd=sources.parent,
-        capture_output=True, text=True, timeout=300)
+        [sys.executable, '-m', 'build', '--no-isolation', '--outdir', sources.parent / 'dist', sources],
+        cwd=sources.parent, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return sources.parent / 'dist'
 
@@ -144,6 +150,20 @@ def test_documentation(module: str) -> None:
             raised -= {t.id for t in handlers if isinstance(t, ast.Name)}
             missing = {name for name in raised if name not in doc}
             assert not missing, f'{module}.{node.name} does not say that it raises {missing}'
+
+
+def test_types(tmp_path: Path) -> None:
+    """A user's type checker sees what the package exports."""
+    pytest.importorskip('mypy')
+    (tmp_path / 'user.py').write_text('import timm_sepool\n' + ''.join(
+        f'reveal_type(timm_sepool.{name})\n' for name in timm_sepool.__all__))
+    command = [sys.executable, '-m', 'mypy', '--ignore-missing-imports', 'user.py']
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, 'MYPYPATH': str(PACKAGE.parent)})
+    revealed = [line for line in result.stdout.splitlines() if 'Revealed type' in line]
+    assert len(revealed) == len(timm_sepool.__all__), result.stdout + result.stderr
+    assert not [line for line in revealed if '"Any"' in line]
 
 
 @pytest.mark.parametrize('name', sorted(set(timm_sepool.__all__) - {'__version__'}))

@@ -3,7 +3,20 @@
 The models are registered with timm as soon as both are imported, see `_autoload`. Neither torch nor timm is imported
 here: torch loads this package at the end of its own import, and timm may be half-imported then.
 """
+from typing import TYPE_CHECKING
+
 from ._autoload import install as _install
+
+if TYPE_CHECKING:
+    from .adopted import adopt as adopt
+    from .plot import plot_descriptors as plot_descriptors
+    from .plot import plot_gates as plot_gates
+    from .plot import plot_kernels as plot_kernels
+    from .sepool_resnet import SEPoolBottleneck as SEPoolBottleneck
+    from .sepool_resnet import SEPoolResNet as SEPoolResNet
+    from .sepool_resnet import checkpoint_filter_fn as checkpoint_filter_fn
+    from .squeeze import RGSEModule as RGSEModule
+    from .squeeze import SPSEModule as SPSEModule
 
 __version__ = '0.1.0'
 

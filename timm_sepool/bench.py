@@ -328,7 +328,8 @@ def bench(
 
     with_se = [
         spec for spec, m in networks.items()
-        if isinstance(m, ResNet) and isinstance(m.layer1[-1], Bottleneck) and m.layer1[-1].se is not None]  # type: ignore
+        if isinstance(m, ResNet) and isinstance(m.get_submodule('layer1')[-1], Bottleneck)  # type: ignore[index]
+        and m.get_submodule('layer1')[-1].se is not None]  # type: ignore[index]
     if blocks and not with_se:
         raise CommandError('No network has the bottlenecks of ResNet with attention, which --blocks is about.')
 

@@ -190,16 +190,14 @@ def cmd_push(args: argparse.Namespace) -> None:
             export(args.model, args.repo_id, temporary, **export_args)
         print(f'wrote {args.dry_run}, nothing was uploaded')
         return
-    try:
-        with temporary_folder() as folder:
+    with temporary_folder() as folder:
+        try:
             export(args.model, args.repo_id, folder, **export_args)
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            print(f'uploading {size / 1e6:.1f} MB to {args.repo_id}')  # with the Hub client's own progress bars
-            url = upload(folder, args.repo_id, args.private, args.force)
-    except BrokenPipeError:  # of print
-        raise
-    except (OSError, SafetensorError) as e:
-        raise CommandError(f'Can not write temporary files: {e}. Make room or set TMPDIR to another folder.') from e
+        except (OSError, SafetensorError) as e:
+            raise CommandError(f'Can not write temporary files: {e}. Make room or set TMPDIR to another folder.') from e
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f'uploading {size / 1e6:.1f} MB to {args.repo_id}')  # with the Hub client's own progress bars
+        url = upload(folder, args.repo_id, args.private, args.force)
     print(f"pushed {url}\n\n  timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
 
 
@@ -371,7 +369,7 @@ def _open_stdio() -> None:
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+        elif isinstance(getattr(sys, name), io.TextIOWrapper) and getattr(sys, name).errors == 'strict':
             getattr(sys, name).reconfigure(errors='backslashreplace')
 
 
@@ -380,7 +378,8 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, 'w') as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):
             raise
         raise CommandError(f'Can not print: {e}. Make room or print elsewhere.') from e

@@ -231,8 +231,10 @@ def plot_kernels(model: nn.Module, input_size: Optional[Sequence[int]] = None, n
     """
     if num_channels < 1:
         raise ValueError(f'num_channels has to be at least 1, got {num_channels}.')
-    cfg = getattr(model, 'pretrained_cfg', {})
-    input_size = tuple(input_size or cfg['input_size'])
+    input_size = input_size or getattr(model, 'pretrained_cfg', {}).get('input_size')
+    if not input_size:
+        raise ValueError(f'This {type(model).__name__} has no pretrained_cfg, so input_size is needed.')
+    input_size = tuple(input_size)
     weights = [kernel_weights(module) for module in last_squeezes(model).values()]
     if not any(weights):
         raise ValueError(f'Every squeeze of this {type(model).__name__} is the global average, there is no kernel.')
@@ -322,6 +324,8 @@ def plot_descriptors(
         labels = _check_labels(labels, len(images))
     logits, squeezes = observe(model, images)
     cfg = getattr(model, 'pretrained_cfg', {})
+    if not {'mean', 'std'} <= cfg.keys() and (mean is None or std is None):
+        raise ValueError(f'This {type(model).__name__} has no pretrained_cfg, so mean and std are needed.')
     mean, std = (
         torch.as_tensor(cfg[key] if value is None else value).view(-1, 1, 1)
         for key, value in (('mean', mean), ('std', std)))

@@ -104,8 +104,8 @@ class SEPoolResNet(ResNet):
                 return
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-            elif self._is_built:
-                getattr(module, 'reset_parameters', lambda: None)()
+            elif self._is_built and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()  # type: ignore[operator]
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             for child in module.children():
@@ -114,7 +114,8 @@ class SEPoolResNet(ResNet):
         _init(self)
         if zero_init_last:
             for module in self.modules():
-                getattr(module, 'zero_init_last', lambda: None)()
+                if hasattr(module, 'zero_init_last'):
+                    module.zero_init_last()  # type: ignore[operator]
 
 
 def _stage_blocks(attn_layers: Tuple[Any, ...]) -> Tuple[Any, ...]:
@@ -172,16 +173,16 @@ def _convert_donor(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
     return out
 
 
-def _is_weight(k: Any, v: Any) -> bool:
-    """Whether an entry can be a parameter or buffer.
+def _is_weight(k: Any, v: Any, max_bytes: int) -> bool:
+    """Whether an entry can be a parameter or buffer of at most max_bytes.
 
-    Integers, complex numbers and the codes of quantized tensors would be cast to other values, and a view that repeats
-    the few numbers in a file can take any amount of memory.
+    Integers, complex numbers, 8-bit floats and the codes of quantized tensors would be cast to other values, and a view
+    that repeats the few numbers in a file can take any amount of memory.
     """
     return (
         isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided and not v.is_meta
         and (v.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64) or 'num_batches_tracked' in k)
-        and v.numel() * v.element_size() <= v.untyped_storage().nbytes()
+        and v.numel() * v.element_size() <= max(v.untyped_storage().nbytes(), max_bytes)
     )
 
 
@@ -238,11 +239,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     """
     if isinstance(state_dict.get('state_dict', None), dict):
         state_dict = state_dict['state_dict']
-    others = [str(k) for k, v in state_dict.items() if not _is_weight(k, v)]
+    max_bytes = max(8 * v.numel() for v in model.state_dict().values())
+    others = [str(k) for k, v in state_dict.items() if not _is_weight(k, v, max_bytes)]
     if others:
         raise RuntimeError(
-            f'The checkpoint is no state dict, {len(others)} of its entries are no dense floating-point tensors by '
-            f'name ({shorten(", ".join(others[:2]), 80)}{", ..." if len(others) > 2 else ""}).'
+            f'The checkpoint is no state dict, {len(others)} of its entries are no dense tensors of 16, 32 or 64-bit '
+            f'floats by name ({shorten(", ".join(others[:2]), 80)}{", ..." if len(others) > 2 else ""}).'
         )
     renamed = {k[7:] if k.startswith('module.') else k: v for k, v in state_dict.items()}
     if any('.fc_reduction.' in k for k in renamed):
@@ -256,7 +258,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
 def _cached_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> str:
     """How to get weights from the Hub again. Its client does not check what it downloaded, and never asks again."""
-    if cfg.file or not cfg.hf_hub_id:
+    if cfg.state_dict or cfg.file or not cfg.hf_hub_id:
         return ''
     repo_id, _, revision = cfg.hf_hub_id.partition('@')
     file = cfg.hf_hub_filename or 'model.safetensors'
@@ -284,16 +286,19 @@ def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> S
     try:
         return _build(pretrained)
     except Exception as e:  # a damaged pickle can end in any
-        if not pretrained:
+        if not pretrained or isinstance(e, MemoryError):
             raise
         _build(False)  # arguments that no network can be built with have errors of their own
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        source = 'the given state dict' if cfg.state_dict else cfg.file or cfg.hf_hub_id
+        if not source:
+            raise
         message = str(e)
         if not (isinstance(e, RuntimeError) and f'is not one for {variant}: ' in message):
             reason = shorten(message, 300).rstrip('.')
             reason = f'{type(e).__name__}: {reason}' if reason else type(e).__name__
             message = (
-                f'The pretrained weights of {variant} can not be loaded from {cfg.file or cfg.hf_hub_id}: {reason}. '
+                f'The pretrained weights of {variant} can not be loaded from {source}: {reason}. '
                 'Check the name and the network (and access to the repository), name a file on disk by '
                 "pretrained_cfg_overlay=dict(file='...'), or use pretrained=False."
             )

@@ -193,7 +193,8 @@ class SEPoolModule(nn.Module):
     def init_weights(self) -> None:
         """Initialize as the official code does: torch's default for every weight, zero for every bias."""
         for module in (self.bn, self.fc1, self.fc2):
-            getattr(module, 'reset_parameters', lambda: None)()  # an Identity has none
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()  # type: ignore[operator]
         self._init_own()
 
     def _init_own(self) -> None:
@@ -203,7 +204,7 @@ class SEPoolModule(nn.Module):
                 # torch's default for a depthwise conv of this kernel, uniform in +-1 / sqrt(fan_in)
                 bound = 1. / param.shape[-1]
                 nn.init.uniform_(param, -bound, bound)
-            elif 'bias' in name:
+            elif name.startswith('bias') or name in ('fc1.bias', 'fc2.bias'):
                 nn.init.zeros_(param)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
