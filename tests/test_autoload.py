@@ -162,7 +162,7 @@ def test_editable(tmp_path: Path) -> None:
         if 'timm_sepool' not in entry.name:
             (site_packages / entry.name).symlink_to(entry)
     pip = [sys.executable, '-m', 'pip', '--python', python]
-    run([*pip, 'install', '--quiet', '--no-deps', '--no-build-isolation', '-e', sources], cwd=tmp_path)
+    run([*pip, 'install', '--quiet', '--no-deps', '-e', sources], cwd=tmp_path)
     code = ('import timm', CHECK, check_file(sources / 'timm_sepool' / '__init__.py'))
     assert run_python(*code, cwd=tmp_path, python=str(python)) == ''
 

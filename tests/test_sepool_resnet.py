@@ -330,6 +330,25 @@ def test_native_checkpoint_is_returned_unchanged(name: str) -> None:
     model.load_state_dict(filtered, strict=True)
 
 
+def test_small_storages(tmp_path) -> None:
+    """Tensors that repeat one number in the file are weights as any other, as long as the model's are as large."""
+    model = tiny('rgse_resnet50')
+    state_dict = {**model.state_dict(), 'bn1.bias': torch.full((1,), 0.5).expand(64)}
+    torch.save(state_dict, tmp_path / 'net.pth')
+    overlays = (dict(file=str(tmp_path / 'net.pth'), num_classes=10), dict(state_dict=state_dict, num_classes=10))
+    for overlay in overlays:
+        args = dict(num_classes=10, pretrained_cfg_overlay=overlay, **TINY)
+        loaded = timm.create_model('rgse_resnet50', pretrained=True, **args)
+        assert all(torch.equal(v, state_dict[k]) for k, v in loaded.state_dict().items())
+
+
+def test_given_state_dict_in_errors() -> None:
+    """Not the file that it stands for."""
+    overlay = dict(state_dict={'bn1.bias': torch.ones(64, dtype=torch.int8)})
+    with pytest.raises(RuntimeError, match='can not be loaded from the given state dict: .* by name .bn1.bias'):
+        timm.create_model('rgse_resnet50', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+
+
 def test_official_file_as_pretrained(tmp_path) -> None:
     """timm's own loading runs the filter: other classes, other channels, features."""
     state_dict = official_state_dict('rgse_resnet50')
