@@ -517,14 +517,14 @@ def test_read_only_installation(tree: Tree) -> None:
 
 @pytest.mark.parametrize('number', [2, 8])
 def test_threads_at_once(tree: Tree, number: int) -> None:
-    """Threads import torch, timm and our modules at the same time, each in another order."""
+    """Threads import torch, timm and our package at the same time, each in another order."""
     orders = 6 if tree.kind == STAND_IN else 1
     for shift in range(orders):
         tree.quiet(f"""
         import itertools
         sys.setswitchinterval(1e-6)
-        modules = ['torch', 'timm', 'timm.models', 'timm_sepool', 'timm_sepool.sepool_resnet', 'timm_sepool.adopted']
-        orders = list(itertools.permutations(modules))[{shift}::len(modules) * 17 + 1][:{number}]
+        # no submodules: Python may find a deadlock between the import of one and of its package, whatever they hold
+        orders = list(itertools.permutations(['torch', 'timm', 'timm_sepool']))[{shift}:]
         barrier, errors = threading.Barrier({number}), []
         def work(order):
             barrier.wait()
@@ -540,6 +540,23 @@ def test_threads_at_once(tree: Tree, number: int) -> None:
             thread.join()
         assert not errors, errors
         """, KNOWN)
+
+
+def test_deadlock_of_threads(tree: Tree) -> None:
+    """Python found another thread that imports our module and waits for timm.models: that one registers the models."""
+    tree.quiet("""
+    from importlib._bootstrap import _DeadlockError
+    class Other:
+        def find_spec(self, fullname, path=None, target=None):
+            if fullname in ('timm_sepool.sepool_resnet', 'timm_sepool.adopted'):
+                raise _DeadlockError
+    import torch
+    sys.meta_path.insert(0, Other())
+    import timm
+    del sys.meta_path[0]
+    assert ours() == (False, False)
+    import timm_sepool.sepool_resnet, timm_sepool.adopted
+    """, KNOWN)
 
 
 @pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])

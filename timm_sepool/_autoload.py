@@ -47,7 +47,11 @@ def _register() -> None:
     for name in _MODELS:
         # else registered, or about to be by its importer, maybe a thread that waits for the timm.models of this one
         if name not in sys.modules:
-            importlib.import_module(name)
+            try:
+                importlib.import_module(name)
+            except RuntimeError as e:
+                if type(e).__name__ != '_DeadlockError':  # such a thread, which Python had seen after us
+                    raise
 
 
 class _Finder:
