@@ -171,7 +171,7 @@ class Runner:
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(self.tmp), 'PYTHONUNBUFFERED': None, **(env or {})}
         command = [sys.executable, '-c', main, *argv]
         return subprocess.Popen(
-            command, cwd=self.cwd, env={k: v for k, v in env.items() if v is not None}, text=True,
+            command, cwd=self.cwd, env={k: v for k, v in env.items() if v is not None}, text=True, errors='replace',
             **{**dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE), **kwargs})
 
     def run(self, argv: Sequence[str], code: str = '', env: Optional[Dict[str, str]] = None, **kwargs) -> Result:
