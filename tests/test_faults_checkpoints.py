@@ -157,7 +157,7 @@ def test_flipped_bits_in_safetensors(sound: StateDict, tmp_path: Path, region: s
     data = safetensors.torch.save(sound, metadata={'format': 'pt'})
     body = 8 + int.from_bytes(data[:8], 'little')
     start, stop = {
-        'length': (0, 8), 'start of the header': (8, 200), 'header': (8, body), 'weights': (body, len(data))}[region]
+        'length': (0, 8), 'start of the header': (8, 200), 'header': (200, body), 'weights': (body, len(data))}[region]
     loaded = flip_bits(tmp_path / 'x.safetensors', data, start, stop, safetensors.torch.load_file)
     assert any(loaded) == (region in ('start of the header', 'weights'))  # the former holds free text, "format": "pt"
 
