@@ -196,26 +196,23 @@ class Runner:
 @pytest.fixture(scope='module')
 def forks() -> Iterator[Runner]:
     with TemporaryDirectory() as folder:
-        yield from run_forks(Path(folder))
-
-
-def run_forks(root: Path) -> Iterator[Runner]:
-    root.chmod(0o755)  # pytest's folders are for their owner only, and one test runs as another user
-    (root / 'in' / 'images').mkdir(parents=True)
-    torch.save(tiny('rgse_resnet50').state_dict(), root / 'in' / 'net.pth')
-    for name in 'ab':
-        Image.new('RGB', (8, 8)).save(root / 'in' / 'images' / f'{name}.png')
-    (root / 'in' / 'list.txt').write_text('a.png 0\nb.png 2\n')
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
-    # a measurement of coverage would print that it can not write to the full disk
-    env = {k: v for k, v in env.items() if not k.startswith('COV')}
-    with subprocess.Popen(
-            [sys.executable, Path(__file__).with_name('forked.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env=env,
-    ) as process:
-        assert process.stdout.readline() == 'ready\n'
-        yield Runner(process, root)
-        process.stdin.close()
+        root = Path(folder)
+        root.chmod(0o755)  # pytest's folders are for their owner only, and one test runs as another user
+        (root / 'in' / 'images').mkdir(parents=True)
+        torch.save(tiny('rgse_resnet50').state_dict(), root / 'in' / 'net.pth')
+        for name in 'ab':
+            Image.new('RGB', (8, 8)).save(root / 'in' / 'images' / f'{name}.png')
+        (root / 'in' / 'list.txt').write_text('a.png 0\nb.png 2\n')
+        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
+        # a measurement of coverage would print that it can not write to the full disk
+        env = {k: v for k, v in env.items() if not k.startswith('COV')}
+        with subprocess.Popen(
+                [sys.executable, Path(__file__).with_name('forked.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                text=True, env=env,
+        ) as process:
+            assert process.stdout.readline() == 'ready\n'
+            yield Runner(process, root)
+            process.stdin.close()
 
 
 @pytest.fixture
