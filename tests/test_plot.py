@@ -263,6 +263,11 @@ def test_bad_arguments() -> None:
         plot_gates(timm.create_model('rgse_resnet50', features_only=True, **TINY), x, [0, 1])
     with pytest.raises(ValueError, match='mean and std are of 1 channels, the images of 3'):
         plot_descriptors(model, x, mean=[0.5], std=[0.5])
+    del model.pretrained_cfg
+    with pytest.raises(ValueError, match='no pretrained_cfg, so input_size is needed'):
+        plot_kernels(model)
+    with pytest.raises(ValueError, match='no pretrained_cfg, so mean and std are needed'):
+        plot_descriptors(model, x)
     model.layer4[0].se.forward = lambda x, shortcut: x + shortcut
     with pytest.raises(ValueError, match=r'layer4.0.se \(RGSEModule\) is no SE module that uses its gate layer'):
         plot_gates(model, x, [0, 1])

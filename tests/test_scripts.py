@@ -257,9 +257,6 @@ def test_adopted(folder: Path):
     again = torch.load(folder / 'output' / 'again' / 'last.pth.tar', weights_only=False)['state_dict']
     for k, v in squeezes.items():
         torch.testing.assert_close(again[k], v)
-    process = _try(folder, 'validate.py', *_DATA, '--device', 'cpu', '--model', 'adopted')
-    assert process.returncode != 0
-    assert 'ValueError: The model adopted needs a base' in process.stderr
 
 
 def test_train_inductor(folder: Path):

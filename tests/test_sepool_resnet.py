@@ -349,6 +349,11 @@ def test_given_state_dict_in_errors() -> None:
         timm.create_model('rgse_resnet50', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
 
 
+def test_no_weights_to_load() -> None:
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for rgse_resnet50'):  # timm's own
+        timm.create_model('rgse_resnet50', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=None), **TINY)
+
+
 def test_official_file_as_pretrained(tmp_path) -> None:
     """timm's own loading runs the filter: other classes, other channels, features."""
     state_dict = official_state_dict('rgse_resnet50')
