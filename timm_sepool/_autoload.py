@@ -55,7 +55,7 @@ def _register() -> None:
 
 
 class _Finder:
-    """Finds timm.models through the other finders and has its loader register our models afterwards."""
+    """Finds timm.models through the finders behind it and has its loader register our models afterwards."""
 
     def __init__(self) -> None:
         self._searching = threading.local()
@@ -66,8 +66,11 @@ class _Finder:
             return None
         self._searching.value = True
         try:
-            # importlib.util.find_spec would import timm first, and with it timm.models behind our back
-            specs = (f.find_spec(fullname, path, target) for f in list(sys.meta_path) if hasattr(f, 'find_spec'))
+            # importlib.util.find_spec would import timm first, and with it timm.models behind our back. The finders in
+            # front have been asked: one that delegates to us would wrap its own loader, which LazyLoader can not take.
+            finders = list(sys.meta_path)
+            position = next((i for i, f in enumerate(finders) if f is self), -1)
+            specs = (f.find_spec(fullname, path, target) for f in finders[position + 1:] if hasattr(f, 'find_spec'))
             spec = next((s for s in specs if s is not None), None)
         finally:
             self._searching.value = False
