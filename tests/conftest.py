@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the helpers shared by the tests
+sys.path.insert(0, str(Path(__file__).parent))  # for the package `helpers`
 
-from hub_server import TOKEN, HubServer  # noqa: E402
+from helpers.hub_server import TOKEN, HubServer  # noqa: E402
 
 # huggingface_hub reads these when it is imported: no test, and no process of one, reaches the real Hub or its cache
 HUB = HubServer()
@@ -26,7 +26,24 @@ except ImportError:
 else:
     settings.register_profile('quick', max_examples=20, derandomize=True, deadline=None)
     settings.register_profile('full', max_examples=200, deadline=None, print_blob=True)
-    settings.load_profile('quick')  # unless pytest is told --hypothesis-profile=full
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption('--full', action='store_true', help='also run the tests marked `full`, and more cases of others')
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line('markers', 'full: runs with --full only, another test checks the same claim faster')
+    os.environ['TIMM_SEPOOL_FULL_TESTS'] = '1' if config.getoption('--full') else ''
+    if 'hypothesis' in sys.modules:
+        settings.load_profile('full' if config.getoption('--full') else 'quick')
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if not config.getoption('--full'):
+        left_out = [item for item in items if item.get_closest_marker('full')]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture
@@ -50,8 +67,7 @@ def one_thread() -> None:
 @pytest.fixture
 def small_donor(hub: HubServer, tmp_path) -> partial:
     """create_model of a small rgse_resnet50 whose donor has weights, with a cache of its own."""
-    from common import TINY, serve_donor
-
+    from helpers.common import TINY, serve_donor
     from timm import create_model
 
     serve_donor(hub, 'resnet50.a1_in1k', **TINY)

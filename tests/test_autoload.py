@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Sequence
 
 import pytest
-from common import NAMES
+
+from helpers.common import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 

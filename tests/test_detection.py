@@ -9,8 +9,6 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
-from common import NAMES, TINY, images, serve_donor, tiny
-from hub_server import HubServer
 from safetensors.torch import save_file
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
@@ -22,8 +20,10 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import AnchorGenerator
 
 import timm
+from helpers.common import NAMES, TINY, images, serve_donor, tiny
+from helpers.hub_server import HubServer
+from timm_sepool.cli.hub import save_folder
 from timm_sepool.detection import faster_rcnn, main, mask_rcnn, register_detectors
-from timm_sepool.hub import save_folder
 
 DETECTORS = {'faster_rcnn': faster_rcnn, 'mask_rcnn': mask_rcnn}
 FAMILIES = ('spse_resnet50', 'rgse_resnet50')

@@ -3,11 +3,11 @@ from typing import Tuple
 
 import pytest
 import torch
-from common import images, tiny, training_step
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm
+from helpers.common import images, tiny, training_step
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
 

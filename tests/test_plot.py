@@ -6,20 +6,20 @@ from typing import Dict, List
 from unittest import mock
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from common import TINY, images, tiny
 from PIL import Image
 from torch import nn
 
 import timm
+from helpers import reference
+from helpers.common import TINY, images, tiny
 from timm_sepool import adopt
-from timm_sepool._files import CommandError
-from timm_sepool.cli import main
-from timm_sepool.hub import save_folder
+from timm_sepool.cli._output import CommandError
+from timm_sepool.cli.hub import save_folder
+from timm_sepool.cli.main import main
+from timm_sepool.cli.quickstart import DATA_CFG
 from timm_sepool.plot import plot_descriptors, plot_gates, plot_kernels
-from timm_sepool.quickstart import DATA_CFG
 
 # two blocks in a stage: the last one is to be drawn
 LAST = {'layer1': 'layer1.0.se', 'layer2': 'layer2.1.se', 'layer3': 'layer3.0.se', 'layer4': 'layer4.0.se'}

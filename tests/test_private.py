@@ -53,7 +53,7 @@ def private_names(source: str) -> Iterator[str]:
 
 
 def test_in_one_module() -> None:
-    files = [path for path in PACKAGE.glob('*.py') if path.name != '_private.py']
+    files = [path for path in PACKAGE.rglob('*.py') if path.name != '_private.py']
     assert len(files) > 10
     found = {path.name: list(private_names(path.read_text())) for path in files}
     assert {name: names for name, names in found.items() if names} == {}

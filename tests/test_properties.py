@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Set, Tuple
 
 import pytest
-import reference
 import safetensors.torch
 import torch
-from common import GOLDEN, NAMES, gradients, images, realistic, tiny, training_step
 from torch import nn
+
+from helpers import reference
+from helpers.common import GOLDEN, NAMES, gradients, images, realistic, tiny, training_step
 
 pytest.importorskip('hypothesis')
 from hypothesis import example, given, settings  # noqa: E402

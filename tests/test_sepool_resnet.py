@@ -6,13 +6,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-import reference
 import torch
-from common import GOLDEN, NAMES, PARAMS, TINY, images, official_state_dict, tiny, training_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm
+from helpers import reference
+from helpers.common import GOLDEN, NAMES, PARAMS, TINY, images, official_state_dict, tiny, training_step
 from timm.layers import BlurPool2d, GroupNorm1
 from timm.models.resnet import Bottleneck
 from timm.utils import freeze

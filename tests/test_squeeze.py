@@ -3,12 +3,12 @@ import copy
 from functools import partial
 
 import pytest
-import reference
 import torch
-from common import gradients
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import reference
+from helpers.common import gradients
 from timm.utils import freeze
 from timm_sepool.squeeze import RGSEModule, SPSEModule, spatial_kernel, spatial_weighted_sum
 

@@ -20,8 +20,8 @@ from torch import nn
 from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset
 from timm.models import create_model, get_arch_name, is_model, list_models, load_checkpoint
 
-from ._files import CommandError, first_line
-from .hub import load_trained, read_run_args, training_preprocessing
+from .cli._output import CommandError, first_line
+from .cli.hub import load_trained, read_run_args, training_preprocessing
 from .squeeze import spatial_kernel
 
 __all__ = ['plot_gates', 'plot_kernels', 'plot_descriptors']
@@ -477,7 +477,7 @@ def load_images(
         raise CommandError(f'--num-images must be at least 1, got {num_images}.')
     transform = create_transform(**cfg)
     if data == 'digits':
-        from .quickstart import load_digits
+        from .cli.quickstart import load_digits
         pil_images, labels = load_digits()
         start = len(pil_images) * 4 // 5
         targets = labels[start:].tolist()

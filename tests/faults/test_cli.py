@@ -13,12 +13,13 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 import pytest
 import torch
-from common import tiny
-from hub_server import HubServer
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-FULL = bool(os.environ.get('FAULTS_FULL'))  # every signal at every point of every command
+from helpers.common import tiny
+from helpers.hub_server import HubServer
+
+ROOT = Path(__file__).resolve().parents[2]
+FULL = bool(os.environ['TIMM_SEPOOL_FULL_TESTS'])  # every signal at every point of every command
 SIGNALS = {'SIGINT': (130, 'interrupted\n'), 'SIGTERM': (143, 'terminated\n')}
 
 TINY_ARGS = ['--model-kwargs', 'layers=(1,1,1,1)', 'channels=(16,32,64,128)']
@@ -50,45 +51,45 @@ OUTPUTS = {
 # command: where it is interrupted, as function, number of the call, and whether after it
 POINTS: Dict[str, List[Tuple[str, int, bool]]] = {
     'quickstart': [
-        ('timm_sepool.quickstart:load_digits', 1, False),
+        ('timm_sepool.cli.quickstart:load_digits', 1, False),
         ('torch.optim:SGD.step', 5, False),
         ('torch.autograd:backward', 5, True),
         ('safetensors.torch:save_file', 1, False),
         ('safetensors.torch:save_file', 1, True),
         ('pathlib:Path.write_text', 1, False),
-        ('timm_sepool._files:_rename', 1, False),
-        ('timm_sepool._files:_rename', 1, True),
+        ('timm_sepool.cli._output:_rename', 1, False),
+        ('timm_sepool.cli._output:_rename', 1, True),
     ],
     'convert': [
-        ('timm_sepool.cli:_ModelKwargs.__call__', 1, False),
-        ('timm_sepool.hub:load_checkpoint', 1, False),
+        ('timm_sepool.cli.main:_ModelKwargs.__call__', 1, False),
+        ('timm_sepool.cli.hub:load_checkpoint', 1, False),
         ('torch:load', 1, True),
         ('safetensors.torch:save_file', 1, False),
         ('safetensors.torch:save_file', 1, True),
-        ('timm_sepool._files:_rename', 1, False),
+        ('timm_sepool.cli._output:_rename', 1, False),
         ('os:link', 1, True),
     ],
     'push': [
-        ('timm_sepool.hub:load_trained', 1, True),
-        ('timm_sepool.hub:save_folder', 1, True),
+        ('timm_sepool.cli.hub:load_trained', 1, True),
+        ('timm_sepool.cli.hub:save_folder', 1, True),
         ('huggingface_hub:ModelCard.save', 1, True),
         ('huggingface_hub:HfApi.create_repo', 1, True),
         ('huggingface_hub:HfApi.model_info', 1, True),
         ('huggingface_hub:HfApi.upload_folder', 1, False),
     ],
     'push_dry_run': [
-        ('timm_sepool.hub:load_trained', 1, True),
-        ('timm_sepool.hub:save_folder', 1, True),
+        ('timm_sepool.cli.hub:load_trained', 1, True),
+        ('timm_sepool.cli.hub:save_folder', 1, True),
         ('huggingface_hub:ModelCard.save', 1, True),
-        ('timm_sepool._files:_rename', 1, False),
+        ('timm_sepool.cli._output:_rename', 1, False),
         ('os:rename', 1, True),
     ],
     'bench': [
-        ('timm_sepool.bench:create_network', 2, True),
-        ('timm_sepool.bench:interleave', 1, False),
+        ('timm_sepool.cli.bench:create_network', 2, True),
+        ('timm_sepool.cli.bench:interleave', 1, False),
         ('matplotlib.figure:Figure.savefig', 1, False),
         ('matplotlib.figure:Figure.savefig', 1, True),
-        ('timm_sepool._files:_rename', 1, False),
+        ('timm_sepool.cli._output:_rename', 1, False),
         ('os:link', 1, True),
     ],
     'plot': [
@@ -96,7 +97,7 @@ POINTS: Dict[str, List[Tuple[str, int, bool]]] = {
         ('timm_sepool.plot:plot_kernels', 1, True),
         ('matplotlib.figure:Figure.savefig', 1, False),
         ('matplotlib.figure:Figure.savefig', 1, True),
-        ('timm_sepool._files:_rename', 1, False),
+        ('timm_sepool.cli._output:_rename', 1, False),
         ('os:link', 1, True),
     ],
     'imagefolder': [
@@ -104,13 +105,13 @@ POINTS: Dict[str, List[Tuple[str, int, bool]]] = {
         ('pathlib:Path.symlink_to', 1, False),
         ('pathlib:Path.symlink_to', 2, True),
         ('pathlib:Path.write_text', 1, True),
-        ('timm_sepool._files:_rename', 1, False),
+        ('timm_sepool.cli._output:_rename', 1, False),
         ('os:rename', 1, True),
     ],
     'cards': [
-        ('timm_sepool.hub:default_cards', 1, False),
+        ('timm_sepool.cli.hub:default_cards', 1, False),
         ('pathlib:Path.write_text', 3, True),
-        ('timm_sepool.hub:model_card', 2, True),
+        ('timm_sepool.cli.hub:model_card', 2, True),
     ],
 }
 
@@ -167,7 +168,7 @@ class Runner:
 
     def start(self, argv: Sequence[str], code: str = '', env: Optional[Dict[str, str]] = None, **kwargs) -> Any:
         """Start a process of its own, after some code."""
-        main = f'import sys\n{code}\nfrom timm_sepool.cli import main\nsys.exit(main())'
+        main = f'import sys\n{code}\nfrom timm_sepool.cli.main import main\nsys.exit(main())'
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(self.tmp), 'PYTHONUNBUFFERED': None, **(env or {})}
         command = [sys.executable, '-c', main, *argv]
         return subprocess.Popen(
@@ -207,7 +208,8 @@ def forks() -> Iterator[Runner]:
         # a measurement of coverage would print that it can not write to the full disk
         env = {k: v for k, v in env.items() if not k.startswith('COV')}
         with subprocess.Popen(
-                [sys.executable, Path(__file__).with_name('forked.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, ROOT / 'tests' / 'helpers' / 'forked.py'],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 text=True, env=env,
         ) as process:
             assert process.stdout.readline() == 'ready\n'
@@ -241,7 +243,7 @@ def test_signal(timm_sepool: Runner, hub: HubServer, command: str, point: Tuple[
     code, message = SIGNALS[name]
     result = timm_sepool(COMMANDS[command], (target, number, name, after))
     assert (result.code, result.err, result.left) == (code, message, False), result
-    complete = after and target in ('timm_sepool._files:_rename', 'os:link', 'os:rename')
+    complete = after and target in ('timm_sepool.cli._output:_rename', 'os:link', 'os:rename')
     assert timm_sepool.files() == (OUTPUTS[command] if complete else [])
     assert not hub.repos.get(('model', 'user/fault'))  # no file, if the repository was created
 
@@ -250,7 +252,7 @@ def test_signal(timm_sepool: Runner, hub: HubServer, command: str, point: Tuple[
 @pytest.mark.parametrize('command', ['quickstart', 'convert', 'push', 'imagefolder'])
 def test_second_signal(timm_sepool: Runner, command: str, second: str) -> None:
     """While the first is cleaned up after: what is left of that is done at exit."""
-    target = 'timm_sepool._files:_rename' if command != 'push' else 'huggingface_hub:HfApi.create_repo'
+    target = 'timm_sepool.cli._output:_rename' if command != 'push' else 'huggingface_hub:HfApi.create_repo'
     result = timm_sepool(
         COMMANDS[command], (target, 1, 'SIGINT', False), ('shutil:_rmtree_safe_fd', 1, second, False))
     code, message = SIGNALS[second]
@@ -264,7 +266,7 @@ def test_second_signal(timm_sepool: Runner, command: str, second: str) -> None:
 def test_next_call(timm_sepool: Runner, hub: HubServer, command: str, fault: str) -> None:
     """The same call works after one that was interrupted or killed."""
     hub.repos.pop(('model', 'user/fault'), None)
-    target = 'timm_sepool._files:_rename' if command != 'push' else 'huggingface_hub:HfApi.upload_folder'
+    target = 'timm_sepool.cli._output:_rename' if command != 'push' else 'huggingface_hub:HfApi.upload_folder'
     code = {**{name: code for name, (code, _) in SIGNALS.items()}, 'SIGKILL': -9}[fault]
     assert timm_sepool(COMMANDS[command], (target, 1, fault, False)).code == code
     assert not set(OUTPUTS[command]) & {p.name for p in timm_sepool.cwd.iterdir()}
@@ -317,7 +319,7 @@ def test_reader_gone_in_training(timm_sepool: Runner) -> None:
 
 def test_stdout_closed_in_training(timm_sepool: Runner) -> None:
     """The progress bar prints too."""
-    result = timm_sepool(COMMANDS['quickstart'], ('timm_sepool.cli:_open_stdio', 1, 'sys.stdout = None', False))
+    result = timm_sepool(COMMANDS['quickstart'], ('timm_sepool.cli.main:_open_stdio', 1, 'sys.stdout = None', False))
     assert (result.code, result.out, result.err) == (0, '', '')
     assert timm_sepool.files() == OUTPUTS['quickstart']
 
@@ -351,7 +353,7 @@ def test_disk_full_push(timm_sepool: Runner, hub: HubServer) -> None:
 def test_folder_removed(timm_sepool: Runner, command: str, when: str) -> None:
     argv = [a.replace('out', 'sub/out') if a.startswith('out') else a for a in COMMANDS[command]]
     (timm_sepool.cwd / 'sub').mkdir()
-    target = {'before': 'timm_sepool.cli:_parser', 'meanwhile': 'timm_sepool._files:_rename'}[when]
+    target = {'before': 'timm_sepool.cli.main:_parser', 'meanwhile': 'timm_sepool.cli._output:_rename'}[when]
     result = timm_sepool(argv, (target, 1, 'import shutil; shutil.rmtree("sub")', False))
     timm_sepool.failed(result, 'Can not write sub/out', 'sub is no writable folder')
 
@@ -374,7 +376,7 @@ def test_current_folder_deleted(timm_sepool: Runner) -> None:
     for command in ('convert', 'imagefolder'):
         result = timm_sepool(
             [a.replace('../in', str(timm_sepool.root / 'in')) for a in COMMANDS[command]],
-            ('timm_sepool.cli:_parser', 1, 'os.mkdir("x"); os.chdir("x"); os.rmdir("../x")', False))
+            ('timm_sepool.cli.main:_parser', 1, 'os.mkdir("x"); os.chdir("x"); os.rmdir("../x")', False))
         timm_sepool.failed(result, 'Can not write out')
 
 
@@ -384,7 +386,7 @@ def test_current_folder_deleted(timm_sepool: Runner) -> None:
 def test_output_appears(timm_sepool: Runner, command: str) -> None:
     """A second process writes the same output meanwhile: it wins and its output is left as it is."""
     second = """
-from timm_sepool.cli import main
+from timm_sepool.cli.main import main
 pid = os.fork()
 if not pid:
     os._exit(main(sys.argv[1:]))
@@ -393,7 +395,7 @@ name = next(n for n in os.listdir() if n.startswith('out'))
 with open('../inode', 'w') as f:
     f.write(str(os.stat(name).st_ino))
 """
-    result = timm_sepool(COMMANDS[command], ('timm_sepool._files:_rename', 1, second, False))
+    result = timm_sepool(COMMANDS[command], ('timm_sepool.cli._output:_rename', 1, second, False))
     assert result.code == 2 and result.err.count('\n') == 1 and 'exists and is left as it is' in result.err, result
     assert timm_sepool.files() == OUTPUTS[command]
     out = timm_sepool.cwd / OUTPUTS[command][0]
@@ -413,11 +415,11 @@ def test_no_hard_links(timm_sepool: Runner) -> None:
     """On file systems without them a file is renamed, if there is none by then."""
     refuse = 'def link(*args):\n    raise OSError(1, "no links")\nos.link = link'
     argv = COMMANDS['convert']
-    assert timm_sepool(argv, ('timm_sepool._files:_rename', 1, refuse, False)).code == 0
+    assert timm_sepool(argv, ('timm_sepool.cli._output:_rename', 1, refuse, False)).code == 0
     assert timm_sepool.files() == OUTPUTS['convert']
     (timm_sepool.cwd / 'out.safetensors').unlink()
     result = timm_sepool(
-        argv, ('timm_sepool._files:_rename', 1, f'{refuse}\nopen("out.safetensors", "w").close()', False))
+        argv, ('timm_sepool.cli._output:_rename', 1, f'{refuse}\nopen("out.safetensors", "w").close()', False))
     assert result.code == 2 and 'exists and is left as it is' in result.err
     assert timm_sepool.files() == ['out.safetensors'] and not (timm_sepool.cwd / 'out.safetensors').read_bytes()
 

@@ -1,4 +1,5 @@
 """ Names and builders shared by the tests """
+import os
 import zlib
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
@@ -6,10 +7,12 @@ from typing import Callable, Dict, List, Tuple
 import numpy as np
 import safetensors.torch
 import torch
-from hub_server import HubServer
 from torch import nn
 
+from helpers.hub_server import HubServer
 from timm import create_model
+
+FULL = bool(os.environ['TIMM_SEPOOL_FULL_TESTS'])  # pytest --full
 
 # exact, from the official code
 PARAMS = {
@@ -26,7 +29,7 @@ PARAMS = {
 }
 NAMES = list(PARAMS)
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
-GOLDEN = np.load(Path(__file__).parent / 'data' / 'official.npz')
+GOLDEN = np.load(Path(__file__).parents[1] / 'data' / 'official.npz')
 
 
 def official_state_dict(name: str) -> Dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import timm
-from timm_sepool.cli import main
-from timm_sepool.quickstart import load_digits, top1
+from timm_sepool.cli.main import main
+from timm_sepool.cli.quickstart import load_digits, top1
 
 
 def test_quickstart(tmp_path, capsys, monkeypatch) -> None:
@@ -24,7 +24,7 @@ def test_quickstart(tmp_path, capsys, monkeypatch) -> None:
     accuracy = float(out.split('top-1 ')[-1].split(' %')[0])
     assert accuracy >= 95
     assert all(s in out for s in ('sepool_quickstart', 'train.py', 'validate.py', '--model rgse_resnet50'))
-    readme = (Path(__file__).parents[1] / 'README.md').read_text()
+    readme = (Path(__file__).parents[2] / 'README.md').read_text()
     for command in re.findall(r'^  (python (?:train|validate)\.py(?:.*\\\n)*.*)$', out, re.MULTILINE):
         assert ' '.join(command.replace('\\\n', ' ').split()) in ' '.join(readme.replace('\\\n', ' ').split())
     assert sorted(os.listdir('sepool_quickstart')) == ['config.json', 'model.safetensors']

@@ -17,8 +17,6 @@ from typing import Callable, Dict, Iterator, NamedTuple, Type
 import pytest
 import safetensors.torch
 import torch
-from common import TINY, serve_donor, tiny
-from hub_server import HubServer, Repo
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -28,9 +26,11 @@ from huggingface_hub.errors import (
 )
 
 import timm
-from timm_sepool._files import CommandError
-from timm_sepool.cli import main
-from timm_sepool.hub import LOADING_ERRORS, save_folder, upload
+from helpers.common import TINY, serve_donor, tiny
+from helpers.hub_server import HubServer, Repo
+from timm_sepool.cli._output import CommandError
+from timm_sepool.cli.hub import LOADING_ERRORS, save_folder, upload
+from timm_sepool.cli.main import main
 
 DONOR = 'timm/resnet50.a1_in1k'
 HUB_ID = 'user/rgse_resnet50'  # it has the network's name in it, as the errors of the Hub's client then have
@@ -289,7 +289,7 @@ def test_cache_that_can_not_be_written(small_donor: Callable, tmp_path: Path, fa
 
 
 def start(cache: Path) -> subprocess.Popen:
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}
     return subprocess.Popen([sys.executable, '-c', CREATE, str(cache)], env=env, stderr=subprocess.PIPE, text=True)
 
 

@@ -15,17 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from common import NAMES, TINY, images, serve_donor, tiny
-from hub_server import HubServer
 from PIL import Image
 from torch import nn
 
 import timm
+from helpers.common import NAMES, TINY, images, serve_donor, tiny
+from helpers.hub_server import HubServer
 from timm_sepool import checkpoint_filter_fn
-from timm_sepool.cli import main
+from timm_sepool.cli.main import main
 from timm_sepool.squeeze import SEPoolModule, SPSEModule
 
-CARDS = Path(__file__).parents[1] / 'hf_cards'
+CARDS = Path(__file__).parents[2] / 'hf_cards'
 DONORS = {
     'resnet50': 'resnet50.a1_in1k',
     'resnet101': 'resnet101.a1h_in1k',
@@ -214,7 +214,7 @@ def test_card(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    'name', sorted(p.stem for p in CARDS.glob('*.md')) if os.environ.get('UPSTREAM_FULL') else
+    'name', sorted(p.stem for p in CARDS.glob('*.md')) if os.environ['TIMM_SEPOOL_FULL_TESTS'] else
     ['rgse_resnet50.from_resnet50_a1_in1k', 'spse_resnext50.from_resnext50_32x4d_a1h_in1k'])
 def test_code_of_cards_runs(hub: HubServer, name: str) -> None:
     picture = BytesIO()
@@ -410,7 +410,7 @@ def test_push_bad_input(hub: HubServer, trained: Dict, tmp_path, capsys, monkeyp
     (run / 'args.yaml').rename(run / 'elsewhere.yaml')
     before[:] = sorted(str(p) for p in tmp_path.rglob('*'))
     push_fails('The preprocessing of', '--model-kwargs', 'layers=(1,1,1,1)', 'channels=(16,32,64,128)')
-    monkeypatch.setattr('timm_sepool.hub.get_token', lambda: None)
+    monkeypatch.setattr('timm_sepool.cli.hub.get_token', lambda: None)
     push_fails('There is no Hugging Face token', '--args', str(run / 'elsewhere.yaml'))
     assert main(['push', 'rgse_resnet50', '--repo-id', 'user/net', '--crop-pct', '0.9']) == 2
     assert 'go with --checkpoint' in capsys.readouterr().err

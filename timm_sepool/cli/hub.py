@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm.data import create_transform, resolve_data_config
 from timm.models import create_model, get_arch_name, get_pretrained_cfg, list_models, save_for_hf
 
-from ._files import CommandError, first_line, load_checkpoint
-from .sepool_resnet import checkpoint_filter_fn
+from ..sepool_resnet import checkpoint_filter_fn
+from ._output import CommandError, first_line, load_checkpoint
 
 # Top-1 / top-5 error (%) on ImageNet-1k, single crop, as claimed by the paper (Jin et al. 2022), not reproduced
 FAMILIES = ('plain', 'SE', 'CBAM', 'SPSE', 'RGSE')

@@ -9,13 +9,13 @@ from typing import List
 
 import pytest
 import torch
-from common import NAMES, PARAMS, TINY, images, official_state_dict, tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import timm
+from helpers.common import NAMES, PARAMS, TINY, images, official_state_dict, tiny
 from timm.data import create_dataset
-from timm_sepool.cli import main
+from timm_sepool.cli.main import main
 
 TINY_ARGS = ['--model-kwargs', 'layers=(1,1,1,1)', 'channels=(16,32,64,128)']
 
@@ -39,7 +39,9 @@ def test_command_is_installed() -> None:
         out = subprocess.run([*command, '--help'], capture_output=True, text=True, check=True).stdout
         assert all(name in out for name in ('list', 'convert', 'imagefolder', 'quickstart'))
         assert subprocess.run(command, capture_output=True).returncode == 2
-    code = 'import sys; from timm_sepool.cli import _parser; _parser().format_help(); assert "torch" not in sys.modules'
+    code = (
+        "import sys; from timm_sepool.cli.main import _parser; _parser().format_help(); "
+        "assert not {\"torch\", \"timm\"} & {*sys.modules}")
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
 
 

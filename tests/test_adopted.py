@@ -1,7 +1,7 @@
 """ adopt and the registered model `adopted`, over timm's SE networks
 
 By default one small architecture per model file of timm; every architecture on the meta device, some minutes, with
-ADOPT_FULL=1.
+--full.
 """
 import copy
 import io
@@ -15,12 +15,12 @@ from typing import Any, Dict, List, Tuple
 import pytest
 import safetensors.torch
 import torch
-from common import NAMES, TINY, images, training_step
-from hub_server import HubServer
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm
+from helpers.common import NAMES, TINY, images, training_step
+from helpers.hub_server import HubServer
 from timm.layers import SEModule
 from timm.models import save_for_hf
 from timm.models.senet import SEModule as SENetSEModule
@@ -160,7 +160,7 @@ def check_architecture(name: str, squeezes: Tuple[str, ...] = ('rgse', 'spse'), 
 
 
 def test_architectures() -> None:
-    full = bool(os.environ.get('ADOPT_FULL'))
+    full = bool(os.environ['TIMM_SEPOOL_FULL_TESTS'])
     names = timm.list_models() if full else list(FAMILIES)
     counts = {
         name: check_architecture(name, **({} if full else dict(FAMILIES[name], squeezes=(squeeze,))))

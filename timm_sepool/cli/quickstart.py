@@ -18,7 +18,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import accuracy, random_seed
 
-from ._files import CommandError, new_path
+from ._output import CommandError, new_path
 from .hub import save_folder
 
 MODEL_ARGS: Dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), in_chans=1)

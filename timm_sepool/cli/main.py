@@ -15,8 +15,8 @@ from typing import Any, Dict, List, Optional
 
 from safetensors import SafetensorError
 
-from . import __version__
-from ._files import CommandError, check_new, new_path, temporary_folder
+from .. import __version__
+from ._output import CommandError, check_new, new_path, temporary_folder
 
 
 def model_table() -> List[Dict[str, Any]]:
@@ -131,8 +131,8 @@ def cmd_quickstart(args: argparse.Namespace) -> None:
 def cmd_bench(args: argparse.Namespace) -> None:
     import torch
 
+    from ..plot import new_figure
     from .bench import DEFAULT_MODELS, MODES, bench, plot, table
-    from .plot import new_figure
 
     size = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
     if len(size) != 2:
@@ -202,7 +202,7 @@ def cmd_push(args: argparse.Namespace) -> None:
 
 
 def cmd_plot(args: argparse.Namespace) -> None:
-    from . import plot
+    from .. import plot
 
     out = args.out or Path(f'{args.kind}.png')
     plot.new_figure(1, 1)  # says early if matplotlib is missing

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import NAMES, serve_donor
-from hub_server import HubServer
-
 import timm
-from timm_sepool.cli import model_table
-from timm_sepool.hub import DONOR_RESULTS
+from helpers.common import NAMES, serve_donor
+from helpers.hub_server import HubServer
+from timm_sepool.cli.hub import DONOR_RESULTS
+from timm_sepool.cli.main import model_table
 
 TESTS = Path(__file__).parent
 README = (TESTS.parent / 'README.md').read_text()

@@ -3,7 +3,7 @@
 A failure of ours never breaks `import torch` or `import timm` and says so in one RuntimeWarning, or one line of the log
 where warnings are errors; Ctrl-C is nobody's failure. Each case is a process of its own, most with small stand-ins for
 torch, which only calls its entry points, for timm, which only has a registry, and for the two modules that register
-the models. FAULTS_FULL=1 runs those with the real ones as well.
+the models. --full runs those with the real ones as well.
 """
 import os
 import shutil
@@ -17,11 +17,12 @@ from tempfile import TemporaryDirectory
 from typing import Dict, List, Sequence
 
 import pytest
-from common import NAMES
 from test_autoload import CHECK, CHECK_UNKNOWN, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
-FULL = bool(os.environ.get('FAULTS_FULL'))
+from helpers.common import NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+FULL = bool(os.environ['TIMM_SEPOOL_FULL_TESTS'])
 FILES = {
     'torch/__init__.py': """
         import os

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import TINY, images, tiny
 
+from helpers.common import TINY, images, tiny
 from timm import create_model
-from timm_sepool.quickstart import MODEL_ARGS, load_digits
+from timm_sepool.cli.quickstart import MODEL_ARGS, load_digits
 
 
 def run(code: str) -> str:

@@ -44,9 +44,9 @@ from torch import nn
 from timm.models import create_model, is_model
 from timm.models.resnet import Bottleneck, ResNet
 
-from . import __version__, _private
-from ._files import CommandError, first_line, new_path
-from .squeeze import SEPoolModule, SPSEModule
+from .. import __version__, _private
+from ..squeeze import SEPoolModule, SPSEModule
+from ._output import CommandError, first_line, new_path
 
 DEFAULT_MODELS = (
     'resnet50', 'seresnet50', 'resnet50+cbam', 'resnet50+eca', 'rgse_resnet50+reference', 'spse_resnet50+reference',

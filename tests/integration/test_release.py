@@ -18,7 +18,7 @@ from test_autoload import CHECK, check_file, run, run_python
 
 import timm_sepool
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(timm_sepool.__file__).parent
 MODULES = ['squeeze', 'sepool_resnet', 'adopted', 'hub', 'bench', 'detection', 'plot', 'quickstart', 'cli', '_files']
 
@@ -72,7 +72,7 @@ def test_wheel(wheel: Path) -> None:
     assert {'timm_sepool/py.typed', 'timm_sepool/card_template.md'} <= set(files)
     assert files[f'{info}/licenses/LICENSE'] == (ROOT / 'LICENSE').read_bytes()
     entry_points = files[f'{info}/entry_points.txt'].decode()
-    assert 'timm-sepool = timm_sepool.cli:main' in entry_points
+    assert 'timm-sepool = timm_sepool.cli.main:main' in entry_points
     assert 'timm_sepool = timm_sepool._autoload:install' in entry_points
 
 

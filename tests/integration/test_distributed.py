@@ -10,13 +10,13 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import pytest
 import torch
 import torch.distributed as dist
-from common import TINY, images, realistic
-from processes import Failed, run_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 import timm
+from helpers.common import TINY, images, realistic
+from helpers.processes import Failed, run_processes
 from timm.layers import convert_sync_batchnorm
 
 try:
@@ -33,7 +33,7 @@ BATCH, STEPS = 4, 4  # over all processes, and the checkpoint is written after h
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason='this torch is built without gloo')
-long = pytest.mark.skipif(not os.environ.get('LONG_RUNS'), reason='set LONG_RUNS=1')
+long = pytest.mark.skipif(not os.environ['TIMM_SEPOOL_FULL_TESTS'], reason='set --full')
 needs_fsdp = pytest.mark.skipif(fully_shard is None, reason='fully_shard needs torch 2.6 or newer')
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import timm
 from timm.data import create_transform
-from timm_sepool.quickstart import DATA_CFG, MODEL_ARGS, load_digits, top1
+from timm_sepool.cli.quickstart import DATA_CFG, MODEL_ARGS, load_digits, top1
 
 DONOR_IMAGES, TUNING_IMAGES = 800, 160
 DONOR_EPOCHS, TUNING_EPOCHS, BATCH_SIZE, LR = 8, 4, 32, 0.02

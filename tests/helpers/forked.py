@@ -2,7 +2,7 @@
 
 Started as `python forked.py`, it reads one case a line from stdin (JSON) and answers with one line. Each case runs in a
 fork of its own that has the modules, but not the work of other cases. It ends as a program does, through threads and
-exit handlers, but for the second and more that Python takes to free the modules (FAULTS_FULL=1: with that too).
+exit handlers, but for the second and more that Python takes to free the modules (--full: with that too).
 """
 import atexit
 import importlib
@@ -15,7 +15,7 @@ import tempfile
 import threading
 from typing import Any, Callable, Dict, Optional
 
-MODULES = ('cli', 'hub', 'quickstart', 'bench', 'plot')
+MODULES = ('cli.main', 'cli.hub', 'cli.quickstart', 'cli.bench', 'plot')
 TIMEOUT = 120
 
 
@@ -107,8 +107,8 @@ if __name__ == '__main__':
     case = serve()
     if case is not None:
         child(case)
-        from timm_sepool.cli import main
-        if os.environ.get('FAULTS_FULL'):
+        from timm_sepool.cli.main import main
+        if os.environ['TIMM_SEPOOL_FULL_TESTS']:
             sys.exit(main())
         code = main()
         threading._shutdown()

@@ -1,6 +1,6 @@
 """ The same seed gives the same bits, and nothing grows in long runs
 
-LONG_RUNS=1 runs ten times as many steps and cycles.
+--full runs ten times as many steps and cycles.
 """
 import ctypes
 import gc
@@ -14,15 +14,15 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
-from common import TINY, images, training_step
-from processes import run_processes
 from torch import nn
 
 import timm
+from helpers.common import TINY, images, training_step
+from helpers.processes import run_processes
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
-TESTS = Path(__file__).parent
-MORE = 10 if os.environ.get('LONG_RUNS') else 1
+TESTS = Path(__file__).parents[1]
+MORE = 10 if os.environ['TIMM_SEPOOL_FULL_TESTS'] else 1
 
 
 # --- determinism

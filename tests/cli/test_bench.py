@@ -4,14 +4,14 @@ import statistics
 from contextlib import nullcontext
 
 import pytest
-import reference
 import torch
-from common import NAMES, TINY, images, tiny
 from torch import nn
 
-from timm_sepool import bench as bench_module
-from timm_sepool._files import CommandError
-from timm_sepool.bench import (
+from helpers import reference
+from helpers.common import NAMES, TINY, images, tiny
+from timm_sepool.cli import bench as bench_module
+from timm_sepool.cli._output import CommandError
+from timm_sepool.cli.bench import (
     PASSES,
     bench,
     create_network,
@@ -22,7 +22,7 @@ from timm_sepool.bench import (
     summary,
     table,
 )
-from timm_sepool.cli import main
+from timm_sepool.cli.main import main
 from timm_sepool.squeeze import SEPoolModule
 
 SMALL = dict(batch_size=2, size=(32, 32), rounds=3, model_kwargs=dict(TINY, num_classes=1000))

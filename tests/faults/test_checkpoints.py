@@ -1,6 +1,6 @@
 """ Damaged, hostile and unfit checkpoint files: refused with one clear error, or loaded as they are
 
-Every id is one fault. FAULTS_FULL=1 flips ten times as many bits.
+Every id is one fault. --full flips ten times as many bits.
 """
 import io
 import json
@@ -17,13 +17,13 @@ from typing import Any, Callable, Dict, List
 import pytest
 import safetensors.torch
 import torch
-from common import TINY, tiny
 
 import timm
+from helpers.common import TINY, tiny
 from timm_sepool import checkpoint_filter_fn
-from timm_sepool.cli import main
+from timm_sepool.cli.main import main
 
-FLIPS = 60 * (10 if os.environ.get('FAULTS_FULL') else 1)
+FLIPS = 60 * (10 if os.environ['TIMM_SEPOOL_FULL_TESTS'] else 1)
 KEY = 'layer2.0.conv1.weight'
 ARGS = ['--model', 'rgse_resnet50', '--model-kwargs', 'layers=(1,1,1,1)', 'channels=(16,32,64,128)']
 StateDict = Dict[str, torch.Tensor]

@@ -24,12 +24,12 @@ if not os.environ.get('TIMM_SCRIPTS'):
 
 import numpy as np
 import torch
-from common import TINY, realistic
-from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file
 
 import timm
+from helpers.common import TINY, realistic
+from helpers.hub_server import HubServer
 
 _CHECKOUT = Path(os.environ['TIMM_SCRIPTS']).resolve()
 _SCRIPTS = ('train.py', 'validate.py', 'inference.py', 'benchmark.py', 'onnx_export.py', 'avg_checkpoints.py')

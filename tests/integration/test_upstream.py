@@ -1,7 +1,7 @@
 """ timm's own tests, from the source distribution of the installed timm, with this package installed
 
-test_models.py runs on the models of this package: by default on two small networks, with UPSTREAM_FULL=1 on all of them
-at full size. The tests of the factory, the Hub and checkpoints run unchanged, with UPSTREAM_FULL=1. Needs the package
+test_models.py runs on the models of this package: by default on two small networks, with --full on all of them
+at full size. The tests of the factory, the Hub and checkpoints run unchanged, with --full. Needs the package
 index. `pytest -s` shows the counts.
 """
 import os
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Dict, Tuple
 
 import pytest
-from common import NAMES, TINY, serve_donor
-from hub_server import HubServer
 
 import timm
+from helpers.common import NAMES, TINY, serve_donor
+from helpers.hub_server import HubServer
 
 # makes the registered models small, for the tests know names only
 TINY_PLUGIN = f"""
@@ -32,7 +32,7 @@ known = os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD') != '0'
 assert all(timm.is_model(name) == known for name in {[*NAMES, 'adopted']})
 """
 UNCHANGED = ('test_factory.py', 'test_hub.py', 'test_checkpoint_loading.py')
-FULL = bool(os.environ.get('UPSTREAM_FULL'))
+FULL = bool(os.environ['TIMM_SEPOOL_FULL_TESTS'])
 CLAIMS = [
     'test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_torchscript',
     'test_model_forward_features', 'test_model_forward_intermediates_features', 'test_model_forward_intermediates',
