@@ -40,8 +40,8 @@ def test_command_is_installed() -> None:
         assert all(name in out for name in ('list', 'convert', 'imagefolder', 'quickstart'))
         assert subprocess.run(command, capture_output=True).returncode == 2
     code = (
-        "import sys; from timm_sepool.cli.main import _parser; _parser().format_help(); "
-        "assert not {\"torch\", \"timm\"} & {*sys.modules}")
+        'import sys; from timm_sepool.cli.main import _parser; _parser().format_help(); '
+        'assert not {"torch", "timm"} & {*sys.modules}')
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
 
 
