@@ -1,32 +1,48 @@
-""" Reading checkpoints and writing outputs for the command line: one clear error, nothing half-written """
-import argparse
+""" Outputs of the commands: written whole or not at all, and one clear error otherwise """
 import atexit
+import json
 import os
 import shutil
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from safetensors import SafetensorError
 
+# what a pretrained cfg says of the source of its weights
+SOURCE_FIELDS = ('tag', 'url', 'file', 'hf_hub_id', 'source', 'origin_url', 'description', 'paper_ids', 'paper_name')
+TEST_FIELDS = ('test_input_size', 'test_crop_pct', 'pool_size', 'test_pool_size')
+
 
 class CommandError(Exception):
-    """Bad input to a subcommand. The message names the thing and the mend."""
+    """Bad input to a command. The message says what is wrong, then what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the error itself if it has none."""
+    return next(iter(str(error).strip().splitlines()), '') or repr(error)
 
 
 def check_new(path: Path) -> None:
-    """Raise CommandError if `path` exists or can't be written, before any work is done for it."""
+    """Check, before any work is done for it, that an output path can be written.
+
+    Raises:
+        CommandError: If `path` exists, or its directory does not exist or is not writable.
+    """
     if os.path.lexists(path):
-        raise CommandError(f'{path} exists and is left as it is. Choose another output or remove it first.')
+        raise CommandError(f'{path} already exists. Choose another output path or remove it first.')
+    if not os.path.lexists(path.parent):
+        raise CommandError(
+            f'Cannot write {path}: the directory {path.parent} does not exist. Create it first: mkdir -p {path.parent}')
     if not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
-        raise CommandError(f'Can not write {path}: {path.parent} is no writable folder. Choose another output.')
+        raise CommandError(f'Cannot write {path}: {path.parent} is not a writable directory. Choose another output path.')
 
 
 @contextmanager
 def temporary_folder(parent: Optional[Path] = None) -> Iterator[Path]:
-    """Yield a new folder for the body alone and remove it, even if a second Ctrl-C interrupts the removal."""
+    """Yield a new folder and remove it after the body, even if a second Ctrl-C interrupts the removal."""
     folder = Path(mkdtemp(prefix='.timm-sepool-', dir=parent))
     remove = partial(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(remove)
@@ -39,10 +55,10 @@ def temporary_folder(parent: Optional[Path] = None) -> Iterator[Path]:
 
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` for the body to write, renamed to `path` if the body succeeds.
+    """Yield a temporary path for the body to write, and rename it to `path` once the body has succeeded.
 
     Raises:
-        CommandError: If `path` exists or can't be written.
+        CommandError: If `path` exists or cannot be written.
     """
     path = Path(path)
     check_new(path)
@@ -54,17 +70,17 @@ def new_path(path: Path) -> Iterator[Path]:
             os.umask(umask)
             for file in [temporary, *temporary.rglob('*')]:
                 if file.is_file() and not file.is_symlink():
-                    file.chmod(0o666 & ~umask)  # safetensors writes files for their owner only
+                    file.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
             _rename(temporary, path)
-    except BrokenPipeError:  # of what the body prints
+    except BrokenPipeError:  # the body printed, and nobody reads it
         raise
     except (OSError, SafetensorError) as e:
-        check_new(path)  # says it better if the output has appeared or its folder has gone meanwhile
-        raise CommandError(f'Can not write {path}: {e}. Choose another output or make room.') from e
+        check_new(path)  # has a better message if the output has appeared or its directory has gone meanwhile
+        raise CommandError(f'Cannot write {path}: {e}. Free some disk space or choose another output path.') from e
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Rename, and fail if another process has written the target meanwhile, which os.rename would replace by a file."""
+    """Rename, or fail if another process has written the target meanwhile: os.rename would replace a file."""
     if source.is_dir():
         os.rename(source, target)
         return
@@ -77,55 +93,31 @@ def _rename(source: Path, target: Path) -> None:
         os.rename(source, target)
 
 
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, or the error itself if it has none."""
-    return next(iter(str(error).strip().splitlines()), '') or repr(error)
+def save_folder(
+        model: Any,
+        folder: Path,
+        model_args: Dict[str, Any],
+        preprocessing: Optional[Dict[str, Any]] = None,
+        label_names: Optional[List[str]] = None,
+) -> None:
+    """Write model.safetensors and config.json, for `hf-hub:`, `local-dir:` and transformers' timm wrapper.
 
-
-def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
-    """Read the state dict of a safetensors file or of a pickled checkpoint, the latter without running its code.
-
-    Raises:
-        CommandError: If the file is missing, damaged, needs code to be run, or has no (EMA) state dict.
+    Args:
+        model: The network.
+        folder: Folder to write.
+        model_args: Arguments the network was created with.
+        preprocessing: Entries for the config that replace those of the donor, `_training_run.PREPROCESSING`.
+        label_names: Class names.
     """
-    import torch
-    from safetensors.torch import load_file
+    from timm.models import save_for_hf
 
-    from timm.models import clean_state_dict
-
-    try:
-        if path.suffix == '.safetensors':
-            checkpoint = load_file(path)
-        else:
-            # timm's training checkpoints hold their arguments
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError as e:
-        raise CommandError(f'There is no checkpoint {path}.') from e
-    except OSError as e:
-        raise CommandError(
-            f'Can not read the checkpoint {path}: {first_line(e)}. Name a file that can be read.'
-        ) from e
-    except Exception as e:  # a damaged pickle can end in any
-        if 'unsupported global' in str(e).lower():
-            raise CommandError(
-                f'{path} asks for code to be run, which is refused. Save its state dict alone, by '
-                'torch.save(model.state_dict(), ...), where you trust it.'
-            ) from e
-        raise CommandError(
-            f'{path} is damaged or no checkpoint ({type(e).__name__}). Get it again; a safetensors file has to be '
-            'named .safetensors.'
-        ) from e
-
-    keys = ('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model')
-    if isinstance(checkpoint, dict):
-        found = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), None)
-        if use_ema and found is None:
-            raise CommandError(f'{path} holds no EMA weights. Leave out --use-ema, or train with --model-ema.')
-        checkpoint = checkpoint if found is None else found
-    if (
-        not isinstance(checkpoint, dict) or not checkpoint
-        or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in checkpoint.items())
-    ):
-        raise CommandError(f'{path} holds no state dict (tensors by name). Save one with torch.save or safetensors.')
-    return clean_state_dict(checkpoint)
+    save_for_hf(
+        model, str(folder), safe_serialization=True, model_args=model_args,
+        model_config=dict(label_names=label_names) if label_names else None)
+    config = json.loads((folder / 'config.json').read_text())
+    # num_classes stays at the config's top level: transformers' wrapper passes it beside model_args
+    config.setdefault('model_args', {}).pop('num_classes', None)
+    for key in SOURCE_FIELDS + (TEST_FIELDS if preprocessing else ()):
+        config['pretrained_cfg'].pop(key, None)
+    config['pretrained_cfg'].update(preprocessing or {})
+    (folder / 'config.json').write_text(json.dumps(config, indent=2))

@@ -1,0 +1,26 @@
+""" scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels (UCI ML repository), split once """
+from typing import Any, List, Tuple
+
+from ._output import CommandError
+
+NUM_HELD_OUT = 360
+
+
+def load_digits() -> Tuple[List[Any], Any]:
+    """The digits as PIL images (8 x 8, grey) and labels (N,), shuffled with a fixed seed. The last NUM_HELD_OUT are
+    for validation.
+
+    Raises:
+        CommandError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise CommandError('The digits come with scikit-learn: pip install "timm_sepool[quickstart]".') from e
+    import torch
+    from PIL import Image
+
+    digits = load_digits()
+    images = [Image.fromarray((image * (255 / 16)).astype('uint8')) for image in digits.images]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    return [images[i] for i in order], torch.from_numpy(digits.target[order])

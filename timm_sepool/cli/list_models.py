@@ -1,0 +1,30 @@
+""" The models beside their plain, SE and CBAM peers """
+import argparse
+import json
+
+from ._models import TABLE
+
+
+def add_parser(subparsers) -> None:
+    """Add the command to the parser of `timm-sepool`."""
+    parser = subparsers.add_parser('list', help='the models and their peers: parameters, GMACs, claimed errors')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table."""
+    if args.json:
+        print(json.dumps([row._asdict() for row in TABLE], indent=2))
+        return
+    print(f'{"model":<28}{"family":<8}{"params (M)":>11}{"GMACs":>8}{"top-1 err":>11}{"top-5 err":>11}')
+    for row in TABLE:
+        name = row.model + (' + cbam' if row.kwargs else '')
+        print(
+            f'{name:<28}{row.family:<8}{row.params / 1e6:>11.2f}{row.gmacs:>8.3f}'
+            f'{row.claimed_top1_err:>11.2f}{row.claimed_top5_err:>11.2f}')
+    print(
+        '\nParameters and GMACs (multiply-adds of convolutions and matrix products at 224 px) were computed with this\n'
+        "package. SPSE's GMACs include building its kernels where a grid does not divide the map, once per batch.\n"
+        "The errors (%, ImageNet-1k, single crop) are the paper's claims (Jin et al. 2022), not reproduced here.\n"
+        "NAME + cbam is timm.create_model(NAME, block_args=dict(attn_layer='cbam')).")
