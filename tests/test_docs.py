@@ -1,64 +1,71 @@
-""" What README says is what the package does """
-import os
+""" README and docs: what they say is what the package does """
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
+from typing import List
+
+import pytest
+from PIL import Image
 
 import timm
 from helpers.common import NAMES, serve_donor
 from helpers.hub_server import HubServer
-from timm_sepool.cli.hub import DONOR_RESULTS
-from timm_sepool.cli.main import model_table
+from timm_sepool.cli._models import DONOR_RESULTS, TABLE
+from timm_sepool.cli.main import _parser
 
-TESTS = Path(__file__).parent
-README = (TESTS.parent / 'README.md').read_text()
-
-
-def test_model_table() -> None:
-    for row in model_table():
-        name = f'`{row["model"]}`' + (' + CBAM' if row['kwargs'] else '')
-        line = (
-            f'| {name} | {row["family"]} | {row["params"] / 1e6:.2f} | {row["gmacs"]:.3f} '
-            f'| {row["claimed_top1_err"]:.2f} | {row["claimed_top5_err"]:.2f} |'
-        )
-        assert line in README
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / 'README.md', ROOT / '.github' / 'CONTRIBUTING.md', *(ROOT / 'docs').rglob('*.md')])
 
 
-def test_python_blocks_run(hub: HubServer) -> None:
-    serve_donor(hub, 'resnext101_32x4d.gluon_in1k')
-    serve_donor(hub, 'regnety_032.ra_in1k')
-    serve_donor(hub, 'resnet50.a1_in1k')
-    pretrained, use, adopt, detect = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-    exec(pretrained, {})
-    namespace = {}
-    exec(use, namespace)
-    assert [f.shape[-1] for f in namespace['features'](namespace['x'])] == [120, 60, 30, 15]
-    assert set(timm.list_models(['rgse_*', 'spse_*'])) == set(NAMES)
-    exec(adopt, namespace)
-    assert type(namespace['model'].s1.b1.se).__name__ == 'AdoptedSEModule'
-    exec(detect.replace('min_size=800', 'min_size=128'), namespace)
-    assert namespace['boxes'].shape[1] == 4
+def blocks(page: Path, language: str) -> List[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_donor_table() -> None:
+def test_readme_is_two_screens() -> None:
+    text = (ROOT / 'README.md').read_text()
+    assert len(text.splitlines()) <= 170 and len(text.split()) <= 1400
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page, 'python')], ids=lambda page: page.name)
+def test_python_runs(hub: HubServer, tmp_path, monkeypatch, page: Path) -> None:
+    """The Python of a page, in one namespace, with a picture of the reader's and donors of random weights."""
+    for donor in ('resnet50.a1_in1k', 'resnext101_32x4d.gluon_in1k', 'regnety_032.ra_in1k'):
+        if donor.split('.')[0].removesuffix('_32x4d') in page.read_text():
+            serve_donor(hub, donor)
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (300, 200), (200, 120, 40)).save('photo.jpg')
+    exec('\n'.join(blocks(page, 'python')).replace('min_size=800', 'min_size=128'), {})
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_commands_and_links(page: Path) -> None:
+    """Every timm-sepool command is one that the parser takes; every relative link leads to a file of the repository."""
+    for block in blocks(page, 'bash'):
+        for line in block.replace('\\\n', ' ').splitlines():
+            for command in re.split(r'&&|\|', line.split('  #')[0]):
+                words = shlex.split(command)
+                while words and re.match(r'\w+=', words[0]):
+                    del words[0]
+                if words[:1] == ['timm-sepool'] and '...' not in words:
+                    _parser().parse_args([re.sub(r'^\[|\]$', '', word) for word in words[1:]])
+    for link in re.findall(r'\]\(([^)#]+?)(?:#[^)]*)?\)', page.read_text()):
+        assert link.startswith('https://') or (page.parent / link).exists(), link
+
+
+def test_tables() -> None:
+    """The models' table and the donors' table are those of the package."""
+    models, weights = ((ROOT / 'docs' / name).read_text() for name in ('models.md', 'weights.md'))
+    for row in TABLE:
+        name = f'`{row.model}`' + (' + CBAM' if row.kwargs else '')
+        assert (
+            f'| {name} | {row.family} | {row.params / 1e6:.2f} | {row.gmacs:.3f} '
+            f'| {row.claimed_top1_err:.2f} | {row.claimed_top5_err:.2f} |') in models
+        if row.model.endswith('50') and not row.kwargs:
+            assert f'| {row.params / 1e6:.2f} | {row.gmacs:.3f} |' in (ROOT / 'README.md').read_text()
     for donor, results in DONOR_RESULTS.items():
         backbone = donor.removeprefix('timm/').split('.')[0].removesuffix('_32x4d')
         figures = ' / '.join(f'{top1:.2f}' for _, top1, _ in results) + (' / -' if len(results) == 1 else '')
         tag = f'from_{donor.removeprefix("timm/").replace(".", "_")}'
-        assert f'| `*_{backbone}` | `{tag}` | {figures} |' in README
+        assert f'| `*_{backbone}` | `{tag}` | {figures} |' in weights
         assert timm.get_pretrained_cfg(f'rgse_{backbone}').tag == tag
-
-
-def test_reliability_table() -> None:
-    """As many faults as there are tests of them."""
-    rows = re.findall(r'\| \w+(?: \w+)? \(\[(test_faults_\w+\.py)\].*\| (\d+) \| \d+ \|', README)
-    assert {file for file, _ in rows} == {path.name for path in TESTS.glob('test_faults_*.py')}
-    command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', *(file for file, _ in rows)]
-    collected, full = (
-        re.findall(r'(\S+)::', subprocess.run(
-            command, cwd=TESTS, capture_output=True, text=True, timeout=300, check=True,
-            env={**os.environ, 'FAULTS_FULL': switch}).stdout)
-        for switch in ('', '1'))
-    assert {file: full.count(f'tests/{file}') for file, _ in rows} == {file: int(count) for file, count in rows}
-    assert f'`pytest` alone {len(collected)} ' in README
+    assert set(timm.list_models(['rgse_*', 'spse_*'])) == set(NAMES)
