@@ -94,15 +94,15 @@ def check_architecture(name: str) -> int:
             original = timm.create_model(name)
     except NotImplementedError:  # older timm computes the widths of RegNets by tensors
         original = timm.create_model(name).to('meta')
+    if not se_modules(original):
+        with pytest.raises(ValueError, match='has no SE block'):
+            adopt(original)
+        return 0
     run, maps = copy.deepcopy(original).eval(), {}
     for path, module in se_modules(run).items():
         module.register_forward_hook(lambda m, args, out, path=path: maps.update({path: tuple(out.shape[1:])}))
     with torch.no_grad():
         run(torch.empty(1, *original.pretrained_cfg['input_size'], device='meta'))
-    if not maps:
-        with pytest.raises(ValueError, match='has no SE block'):
-            adopt(original)
-        return 0
     grids = {k: next(g for g in range(1, 99) if height < 7 * g + 3.5) for k, (_, height, _) in maps.items()}
     rgse = {f'{k}.squeeze.weight': (maps[k][0], 1, g, g) for k, g in grids.items() if g > 1}
     spse = {f'{k}.squeeze.weight{g}': (maps[k][0], 1, g, g) for k in maps for g in (1, 2, 4)}
