@@ -1,22 +1,22 @@
 """ Every private name of timm, torch and torchvision that this package uses, and why
 
-Any release of theirs may drop one: tests/test_private.py says which is gone first. They are looked up when they are
-used, because torchvision is only there with timm's default installation and torch's compiler takes a second to import.
+Any release may remove one; tests/test_private.py then fails and names it. They are looked up when they are used:
+torchvision may not be installed, and torch's compiler takes a second to import.
 """
 from importlib import import_module
 from typing import Any, Dict, Tuple
 
-# name -> (module, attribute, what for: there is no public one)
+# name -> (module, attribute, what it is and why no public name serves)
 PRIVATE: Dict[str, Tuple[str, str, str]] = {
     'SqueezeExcite': (
         'timm.models._efficientnet_blocks', 'SqueezeExcite',
-        'the SE block of EfficientNets, MobileNetV3 and GhostNets, which timm exports nowhere'),
+        'the SE block of EfficientNets, MobileNetV3 and GhostNets, which timm does not export'),
     'dynamo_config': (
         'torch._dynamo', 'config',
-        'its limit of compiled variants per code object, which several networks of one class share in a benchmark'),
+        'the limit of compiled variants per code object, which the networks of one class share in a benchmark'),
     'register_detector': (
         'torchvision.models._api', 'register_model',
-        'the way into its registry of models, which has public functions for reading only'),
+        'adds a builder to the model registry, whose public functions only read it'),
 }
 
 
@@ -30,5 +30,5 @@ def __getattr__(name: str) -> Any:
         library = module.partition('.')[0]
         raise ImportError(
             f'{library} {getattr(import_module(library), "__version__", "")} has no {module}.{attribute} ({purpose}). '
-            f'Install an older {library}, or a newer timm_sepool.'
+            f'Install an older {library} or a newer timm_sepool.'
         ) from e

@@ -1,18 +1,18 @@
 """ RGSE and SPSE squeezes for any SE network of timm
 
-`adopt` gives the SE blocks of a model learned local averages beside their global one. Unlike in the networks of the
-paper the fusion is linear, without norm and ReLU, and starts as the plain mean,
+`adopt` adds learned local averages to the global average of every SE block of a model. Unlike in the networks of the
+paper the fusion is linear (no norm, no ReLU) and starts as the plain mean:
 
-    x_se = mean(x) + sum over the cells of weight * local average,  weight = 0 at first,
+    x_se = mean(x) + sum over the cells of weight * local average,  weight = 0 at first
 
-so that the model computes what it did before, in eval and train mode and at every input size, and learns from there.
-The grids follow the paper's rules (section 3): RGSE has one cell per 7x7 window of the map, SPSE 1x1 + 2x2 + 4x4 cells.
+So an adopted model computes exactly what it did, in eval and train mode and at every input size, and learns from there.
+The grids are the paper's (section 3): RGSE has one cell per 7x7 window of the map, SPSE 1x1 + 2x2 + 4x4 cells.
 
-The registered model `adopted` does the same for train.py, validate.py and the Hub:
+The registered model `adopted` does the same by name, for train.py, validate.py and the Hub:
 `timm.create_model('adopted', base='regnety_032', squeeze='rgse', pretrained=True)`.
 """
 from dataclasses import fields
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Collection, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -32,14 +32,14 @@ from timm.models import (
 )
 from timm.models.senet import SEModule as SENetSEModule
 
-from . import squeeze  # not its names: it may be half-imported when this file is, and waiting for timm
+from . import squeeze as squeeze_layers  # the module, not its names: it may be half-imported while it waits for timm
 from ._private import SqueezeExcite
 
 __all__ = ['adopt', 'RGSqueeze', 'SPSqueeze']
 
 
 class RGSqueeze(nn.Module):
-    """Global average plus weighted sum of the averages over one grid."""
+    """Global average plus a weighted sum of the averages over one grid of cells."""
 
     def __init__(self, channels: int, grid: int, device=None, dtype=None):
         """
@@ -54,16 +54,16 @@ class RGSqueeze(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as the global average."""
+        """Set the weights to zero: the squeeze is the global average."""
         nn.init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Squeeze x (B, C, H, W) to (B, C, 1, 1)."""
-        return x.mean((2, 3), keepdim=True) + squeeze.spatial_weighted_sum(x, [self.weight])
+        return x.mean((2, 3), keepdim=True) + squeeze_layers.spatial_weighted_sum(x, [self.weight])
 
 
 class SPSqueeze(nn.Module):
-    """Global average plus weighted sum of the averages over 1x1, 2x2 and 4x4 grids."""
+    """Global average plus a weighted sum of the averages over grids of 1x1, 2x2 and 4x4 cells."""
 
     def __init__(self, channels: int, device=None, dtype=None):
         """
@@ -80,18 +80,18 @@ class SPSqueeze(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as the global average."""
+        """Set the weights to zero: the squeeze is the global average."""
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Squeeze x (B, C, H, W) to (B, C, 1, 1)."""
-        local = squeeze.spatial_weighted_sum(x, [self.weight1, self.weight2, self.weight4])
+        local = squeeze_layers.spatial_weighted_sum(x, [self.weight1, self.weight2, self.weight4])
         return x.mean((2, 3), keepdim=True) + local
 
 
 class AdoptedSEModule(SEModule):
-    """timm's SE module with the submodule `squeeze` in the place of its mean."""
+    """timm's SE module, its mean replaced by the submodule `squeeze`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale x (B, C, H, W) by its gate, same shape."""
@@ -103,7 +103,7 @@ class AdoptedSEModule(SEModule):
 
 
 class AdoptedSqueezeExcite(SqueezeExcite):
-    """The same for EfficientNet's and MobileNet's SE module."""
+    """The SE module of timm's EfficientNets and MobileNets, its mean replaced by the submodule `squeeze`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale x (B, C, H, W) by its gate, same shape."""
@@ -112,7 +112,7 @@ class AdoptedSqueezeExcite(SqueezeExcite):
 
 
 class AdoptedSENetSEModule(SENetSEModule):
-    """The same for SENet's SE module."""
+    """The SE module of timm's SENets, its mean replaced by the submodule `squeeze`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale x (B, C, H, W) by its gate, same shape."""
@@ -121,141 +121,132 @@ class AdoptedSENetSEModule(SENetSEModule):
 
 
 _ADOPTED: Dict[type, type] = {
-    SEModule: AdoptedSEModule,
-    SqueezeExcite: AdoptedSqueezeExcite,
-    SENetSEModule: AdoptedSENetSEModule,
-}
-# timm's names of the attention layers that pool in another way
-_OTHER_ATTENTION = ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat')
+    SEModule: AdoptedSEModule, SqueezeExcite: AdoptedSqueezeExcite, SENetSEModule: AdoptedSENetSEModule}
 
 
-def _se_modules(model: nn.Module) -> List[nn.Module]:
-    """The modules to adopt. Raises ValueError if there is none or one that can't be."""
+def _se_modules(model: nn.Module) -> Dict[Any, torch.Tensor]:
+    """The modules to adopt, each with the weight (rd_channels, C, 1, 1) of its first layer. Raises as `adopt`."""
     name = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ValueError(f'Adopt the model before it is wrapped in {name}, which would not know the new parameters.')
-    found: List[nn.Module] = []
+        raise ValueError(f'{name} would not know the new parameters. Adopt the model first, then wrap it.')
+    found: Dict[Any, torch.Tensor] = {}
     for path, module in model.named_modules():
+        where = f'{path} of {name} is of class {type(module).__name__}'
         if isinstance(module, tuple(_ADOPTED.values())):
-            raise ValueError(f'{name} has been adopted already ({path}). Build it anew for another squeeze.')
-        if isinstance(module, squeeze.SEPoolModule):
+            raise ValueError(f'{where}: it is adopted already. Create the model again to adopt it differently.')
+        if isinstance(module, squeeze_layers.SEPoolModule):
+            raise ValueError(f'{where}, which has local averages already. Adopt an SE network, for example seresnet50.')
+        if not isinstance(module, tuple(_ADOPTED)):
+            continue
+        if type(module) not in _ADOPTED or 'forward' in vars(module):
             raise ValueError(
-                f'{name} pools locally already, {path} is a {type(module).__name__}. Adopt the SE network instead, '
-                'for example seresnet50.'
+                f'{where} and has a forward of its own, which adopt would replace. Adopt a model with the unchanged '
+                'SEModule or SqueezeExcite of timm.'
             )
-        if isinstance(module, tuple(_ADOPTED)):
-            if type(module) not in _ADOPTED:
-                raise ValueError(
-                    f'{path} of {name} is a {type(module).__name__}, a subclass of an SE module of timm whose forward '
-                    "may differ. Only timm's own SEModule and SqueezeExcite can be adopted."
-                )
-            found.append(module)  # type: ignore[arg-type]
+        layer_name = 'conv_reduce' if isinstance(module, SqueezeExcite) else 'fc1'
+        layer = getattr(module, layer_name)
+        if not isinstance(layer, nn.Conv2d) or not layer.weight.is_floating_point():
+            raise ValueError(
+                f'{path}.{layer_name} of {name} is of class {type(layer).__name__}, not a Conv2d with floating-point '
+                'weights. Adopt the model first, then wrap (LoRA), quantize or replace its layers.'
+            )
+        found[module] = layer.weight
     if not found:
-        classes = tuple(get_attn(attn) for attn in _OTHER_ATTENTION)
+        not_se = ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat')  # timm's other attention layers
+        classes = tuple(get_attn(attn) for attn in not_se)
         others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, classes)})
-        but = f', but {", ".join(others)}' if others else ''
         raise ValueError(
-            f'{name} has no SE block to adopt{but}. Choose a model with '
+            f"{name} has no SE block to adopt{', only ' if others else ''}{', '.join(others)}. Choose a model with "
             "timm's SEModule or SqueezeExcite, for example seresnet50, regnety_032 or efficientnet_b0."
         )
     return found
 
 
-def _map_sizes(model: nn.Module, modules: List[nn.Module], input_size: Tuple[int, int, int]) -> List[Tuple[int, int]]:
-    """Input height and width of each module, by a forward on the meta device that leaves the model as it is."""
-    sizes: Dict[nn.Module, Tuple[int, int]] = {}
+def _map_sizes(model: nn.Module, modules: Collection[Any], input_size: Tuple[int, ...]) -> Dict[Any, Tuple[int, int]]:
+    """Input height and width of each module, from a forward on the meta device that leaves the model as it is."""
+    sizes: Dict[Any, Tuple[int, int]] = {}
 
-    def record(module: nn.Module, args: Tuple[torch.Tensor]) -> None:
+    def _record(module: nn.Module, args: Tuple[torch.Tensor]) -> None:
         sizes[module] = (args[0].shape[-2], args[0].shape[-1])
 
-    # by module and untied: a module that is registered twice would not get its tensors back
-    tensors = {
-        f'{path}.{name}'.removeprefix('.'): torch.empty_like(t, device='meta')
-        for path, module in model.named_modules()
-        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
-    dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [module.register_forward_pre_hook(record) for module in modules]
+    hooks = [module.register_forward_pre_hook(_record) for module in modules]
     try:
+        # by module and untied: functional_call would not restore the tensors of a module that is registered twice
+        tensors = {
+            f'{path}.{name}'.removeprefix('.'): torch.empty_like(t, device='meta')
+            for path, module in model.named_modules()
+            for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+        dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
         model.eval()
         with torch.no_grad():
             x = torch.empty(1, *input_size, device='meta', dtype=dtype)
             torch.func.functional_call(model, tensors, x, tie_weights=False)
-    except Exception as e:  # whatever a foreign forward does with a size that it can't take
+    except Exception as e:  # any model's forward may raise anything at a size that it does not take
         raise ValueError(
-            f'{type(model).__name__} can not be run at input_size={tuple(input_size)} to see the sizes of its maps '
-            f'({type(e).__name__}: {e}). Pass input_size=(channels, height, width) that it takes.'
+            f'Cannot run {type(model).__name__} at input_size={tuple(input_size)} to find the sizes of its maps '
+            f"({type(e).__name__}: {e}). Pass an input_size=(channels, height, width) that it takes, or squeeze='spse'."
         ) from e
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
             module.training = training
-    if len(sizes) < len(modules):
-        path = next(path for path, module in model.named_modules() if module in modules and module not in sizes)
-        raise ValueError(
-            f"{path} of {type(model).__name__} is not run by the model's forward, so its map has no size. Adopt the "
-            "whole model, or use squeeze='spse'."
-        )
-    return [sizes[module] for module in modules]
+    for path, module in model.named_modules():
+        if module in modules and module not in sizes:
+            raise ValueError(
+                f"The forward of {type(model).__name__} does not run {path}, so the size of its map is unknown. Adopt "
+                "the whole model, or use squeeze='spse'."
+            )
+    return sizes
 
 
-def adopt(
-        model: nn.Module,
-        squeeze: str = 'rgse',
-        input_size: Optional[Tuple[int, int, int]] = None,
-) -> nn.Module:
-    """Replace the squeeze of every SE block of a timm model, in place.
+def adopt(model: nn.Module, squeeze: str = 'rgse', input_size: Optional[Tuple[int, int, int]] = None) -> nn.Module:
+    """Replace the squeeze of every SE block of a timm model in place, and return the model.
 
-    The modules keep their layers, hooks, parameter names and values, so the model computes exactly what it did; the
-    new parameters, `<module>.squeeze.weight*`, start at 0 and get gradients from the first step on. An RGSE grid of
-    one cell is the global average, which the module computes already: such modules stay as they are. Adopt before the
-    optimizer, an EMA copy, torch.compile or DDP see the model. To save it for the Hub create it by name, see `adopted`.
+    Modules keep their layers, hooks, parameter names and values, so the model computes exactly what it did. The new
+    parameters, `<module>.squeeze.weight*`, start at 0 and get gradients at the first step. A block whose RGSE grid has
+    one cell stays as it is. Adopt before optimizer, EMA, LoRA, torch.compile and DDP; for the Hub see `adopted`.
 
     Args:
-        model: Model, or feature extractor, that holds `timm.layers.SEModule`, `SqueezeExcite` of timm's EfficientNets
-            or `SEModule` of timm's SENets. On any device, the meta device too, and of any float dtype.
-        squeeze: 'rgse', one cell per 7x7 window of the module's map at input_size, or 'spse', 1x1 + 2x2 + 4x4 cells.
-        input_size: Input (C, H, W) that the grids are made for, by default that of the model's pretrained_cfg. The
-            adopted model takes every size all the same. For RGSE the model is run once, hooks and all, on the meta
-            device, which touches neither weights nor statistics.
-
-    Returns:
-        The model.
+        model: Model, or feature extractor, with `SEModule` of `timm.layers` or of timm's SENets, or `SqueezeExcite` of
+            timm's EfficientNets. It can be on any device, meta included, and of any float dtype.
+        squeeze: 'rgse', one cell per 7x7 window of the block's map at input_size, or 'spse', 1x1 + 2x2 + 4x4 cells.
+        input_size: Input (C, H, W) in px that the grids are made for, by default that of the model's pretrained_cfg.
+            The adopted model still takes every size. 'rgse' runs the model once on the meta device, hooks included.
 
     Raises:
-        ValueError: If the squeeze is unknown, or the model can't be adopted: the message says why. Nothing is changed.
+        ValueError: If the squeeze is unknown or the model cannot be adopted. The model is unchanged then.
     """
     if squeeze not in ('rgse', 'spse'):
         raise ValueError(f"Unknown squeeze {squeeze!r}. Choose 'rgse' or 'spse'.")
-    modules = _se_modules(model)
-    if input_size is None:
-        chans, *size = getattr(model, 'pretrained_cfg', {}).get('input_size', PretrainedCfg.input_size)
-        input_size = (getattr(model, 'in_chans', chans), *size)
-    grids = [1] * len(modules)
-    if squeeze == 'rgse':
-        # cells per side, of as many windows as fit into the map if it is not square
-        grids = [max(1, round((height * width) ** 0.5 / 7)) for height, width in _map_sizes(model, modules, input_size)]
-        if max(grids) == 1:
-            raise ValueError(
-                f'No SE block of {type(model).__name__} has a map larger than 10 x 10 at '
-                f"input_size={tuple(input_size)}, so all grids would be 1 x 1. Use squeeze='spse' or a larger "
-                'input_size.'
-            )
-    for module, grid in zip(modules, grids):
-        fc = next(m for m in module.children() if isinstance(m, nn.Conv2d))
-        dd = {'device': fc.weight.device, 'dtype': fc.weight.dtype}
-        if squeeze == 'spse':
-            pool = SPSqueeze(fc.in_channels, **dd)
-        elif grid > 1:
-            pool = RGSqueeze(fc.in_channels, grid, **dd)
-        else:
-            continue
-        module.squeeze = pool.train(module.training)
-        module.__class__ = _ADOPTED[type(module)]
+    weights = _se_modules(model)
     cfg: Any = getattr(model, 'pretrained_cfg', None)
-    if isinstance(cfg, dict):
-        # a saved model that is loaded as its base would lose its squeezes, this name asks for base and squeeze
+    cfg = cfg if isinstance(cfg, dict) else {}
+    if input_size is None:
+        chans, *size = cfg.get('input_size', PretrainedCfg.input_size)
+        input_size = (getattr(model, 'in_chans', chans), *size)
+    local_squeezes: Dict[Any, nn.Module]
+    if squeeze == 'spse':
+        local_squeezes = {m: SPSqueeze(w.shape[1], w.device, w.dtype) for m, w in weights.items()}
+    else:
+        # a map that is not square gets the grid of the square with its area
+        sizes = _map_sizes(model, weights, input_size)
+        grids = {module: max(1, round((height * width) ** 0.5 / 7)) for module, (height, width) in sizes.items()}
+        local_squeezes = {
+            m: RGSqueeze(w.shape[1], grids[m], w.device, w.dtype) for m, w in weights.items() if grids[m] > 1}
+        if not local_squeezes:
+            raise ValueError(
+                f'No SE block of {type(model).__name__} has a map larger than 10 x 10 at input_size='
+                f"{tuple(input_size)}, so every grid would be 1 x 1. Use squeeze='spse' or a larger input_size."
+            )
+
+    # nothing fails from here on, so that no model is left half adopted
+    for module, local_squeeze in local_squeezes.items():
+        module.squeeze = local_squeeze.train(module.training)
+        module.__class__ = _ADOPTED[type(module)]
+    if cfg:
+        # a saved model that loads under the name of its base would lose its squeezes
         model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': 'adopted'}  # type: ignore[assignment]
     return model
 
@@ -265,35 +256,31 @@ def _squeeze_keys(state_dict: Dict[str, Any]) -> List[str]:
 
 
 def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """timm is not strict where num_classes differs, so the squeezes are compared here."""
+    """Compare the squeezes: timm loads without strict where num_classes differs."""
     theirs, ours = _squeeze_keys(state_dict), _squeeze_keys(model.state_dict())
     if theirs != ours:
         raise RuntimeError(
-            f'The checkpoint is one of another adopted model: it has {len(theirs)} tensors of squeezes '
-            f'({", ".join(theirs[:1])}), not {len(ours)} ({", ".join(ours[:1])}). Use the base and the squeeze that it '
-            'was trained with.'
+            f'The checkpoint has {len(theirs)} squeeze weights ({", ".join(theirs[:1])}), this adopted model has '
+            f'{len(ours)} ({", ".join(ours[:1])}). Use the base, squeeze and input_size that it was trained with.'
         )
     return state_dict
 
 
-def _flat(name: str) -> str:
-    """Name of a module or tensor, alike in a model and in its feature extractor.
-
-    timm's extractors hold the model as `model`, or join the names of sequential layers by an underscore.
-    """
+def _name_in_extractor(name: str) -> str:
+    """The same name in a model and in timm's extractors, which hold it as `model` or join nested names by `_`."""
     return name.removeprefix('model.').replace('.', '_')
 
 
 def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
-    """Give a feature extractor, which may lack some of the SE blocks, the squeezes and all weights of a model."""
-    modules: Dict[str, Any] = {_flat(name): module for name, module in model.named_modules()}
+    """Give a feature extractor, which may lack some SE blocks, the squeezes and all weights of an adopted model."""
+    modules: Dict[str, Any] = {_name_in_extractor(name): module for name, module in model.named_modules()}
     for name, module in list(features.named_modules()):
-        adopted_module = modules.get(_flat(name))
+        adopted_module = modules.get(_name_in_extractor(name))
         if type(adopted_module) is _ADOPTED.get(type(module)):
             module.squeeze = adopted_module.squeeze  # type: ignore[attr-defined]
             module.__class__ = type(adopted_module)
-    weights = {_flat(k): v for k, v in model.state_dict().items()}
-    features.load_state_dict({k: weights[_flat(k)] for k in features.state_dict()})
+    weights = {_name_in_extractor(k): v for k, v in model.state_dict().items()}
+    features.load_state_dict({k: weights[_name_in_extractor(k)] for k in features.state_dict()})
     return features
 
 
@@ -311,33 +298,33 @@ def adopted(
         cache_dir: Optional[str] = None,
         **kwargs,
 ) -> nn.Module:
-    """Constructs any SE model of timm with an RGSE or SPSE squeeze, see `adopt`.
+    """Constructs an SE model of timm with RGSE or SPSE squeezes, see `adopt`.
 
     Args:
-        pretrained: Load the weights of the base, or the adopted ones where the name is that of a saved adopted model
-            (hf-hub:, local-dir:) or pretrained_cfg_overlay's file holds such.
-        base: Name of the SE model, with or without a tag. By default seresnet50, so that loops over all models of timm
-            can create this one; a saved model names its own.
+        pretrained: Load the base's weights. Where the name is that of a saved adopted model (`hf-hub:`, `local-dir:`),
+            or the file of pretrained_cfg_overlay is a checkpoint of one, load the adopted model's weights.
+        base: Name of the SE model, with or without tag. The default is seresnet50, so that loops over all models of
+            timm can create this one. A saved model names its base.
         squeeze: 'rgse' or 'spse'.
-        input_size: Input (C, H, W) that the grids are made for, by default the registered one of the base; the model's
-            own in_chans counts. It is part of the architecture, as are base and squeeze.
+        input_size: Input (C, H, W) in px that the grids are made for, by default the registered one of the base with
+            the model's in_chans. It is part of the architecture, as base and squeeze are.
         pretrained_cfg: Config of a saved adopted model.
-        pretrained_cfg_overlay: Replaces entries of the base's or the saved model's config.
-        cache_dir: Cache of downloaded weights.
+        pretrained_cfg_overlay: Entries that replace those of the base's or the saved model's config.
+        cache_dir: Directory for downloaded weights.
         **kwargs: Arguments of the base.
 
     Raises:
-        ValueError: If base is unknown, missing in a saved model or can't be adopted, or the squeeze is unknown.
-        RuntimeError: If the weights are not those of the model.
+        ValueError: If base is unknown, missing or cannot be adopted, or squeeze or feature_cls is not supported.
+        RuntimeError: If the weights are those of another model.
     """
     cfg = resolve_pretrained_cfg('adopted', pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
-    saved = bool(cfg.source)  # timm has set it for hf-hub: and local-dir:
+    saved = bool(cfg.source)  # set by timm for hf-hub: and local-dir:
     if base is None and not saved:
         base = 'seresnet50'
     if not base or not is_model(get_arch_name(base)):
         raise ValueError(
-            f'The model adopted needs a base, an SE model of timm such as base=regnety_032; got {base!r}. In the '
-            'scripts of timm: --model-kwargs base=regnety_032 squeeze=rgse.'
+            f"The model 'adopted' needs an SE model of timm as base, got {base!r}. Pass base='regnety_032'; in timm's "
+            "scripts, --model-kwargs base=regnety_032 squeeze=rgse."
         )
     if not saved:
         changes = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
@@ -345,7 +332,7 @@ def adopted(
         cfg = resolve_pretrained_cfg(base, None, {**changes, **(pretrained_cfg_overlay or {})})
         saved = bool(pretrained and cfg.file and _squeeze_keys(load_state_dict(cfg.file)))
     if input_size is None:
-        # not that of a saved config, which is the training run's and would change the grids
+        # not the size of a saved config: that is the training run's, and would change the grids
         input_size = (get_pretrained_cfg(base) or PretrainedCfg()).input_size
         if 'img_size' in kwargs:
             input_size = (input_size[0], *to_2tuple(kwargs['img_size']))
@@ -353,20 +340,18 @@ def adopted(
 
     kwargs.update(pretrained_cfg=cfg.to_dict(), cache_dir=cache_dir)
     if kwargs.get('feature_cls') in ('hook', 'fx'):
-        raise ValueError(f'feature_cls={kwargs["feature_cls"]!r} is not supported for adopted models.')
-    feature_args = {}
-    if kwargs.get('features_only', False):
-        feature_args = {k: kwargs.pop(k) for k in ('features_only', 'out_indices', 'feature_cls') if k in kwargs}
+        raise ValueError(f"Adopted models do not support feature_cls={kwargs['feature_cls']!r}. Use 'getter'.")
+    feature_names = ('features_only', 'out_indices', 'feature_cls') if kwargs.get('features_only', False) else ()
+    feature_args = {k: kwargs.pop(k) for k in feature_names if k in kwargs}
     model: Any = create_model(base, pretrained and not saved, **kwargs)
     adopt(model, squeeze, (in_chans, *input_size[1:]))
     if pretrained and saved:
         load_pretrained(
             model, cfg.to_dict(), num_classes=model.num_classes, in_chans=in_chans, filter_fn=_checkpoint_filter_fn,
-            cache_dir=cache_dir)
+            strict=kwargs.get('pretrained_strict', True), cache_dir=cache_dir)
     if feature_args:
-        # only the builder of the base knows how its features are extracted
+        # only the base's own constructor knows how its features are extracted
         model = _adopt_features(create_model(base, **kwargs, **feature_args), model)
-    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'}
-    model.pretrained_cfg['architecture'] = 'adopted'
-    model.default_cfg = model.pretrained_cfg
+    kept = {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'}
+    model.pretrained_cfg = model.default_cfg = {**kept, 'architecture': 'adopted'}
     return model

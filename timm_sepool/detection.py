@@ -1,10 +1,10 @@
 """ Object detection and instance segmentation: torchvision's Faster R-CNN and Mask R-CNN on a timm backbone with FPN
 
-Detector, FPN and heads are torchvision's own and the backbone is any timm network of sequential stages, so networks
-differ in nothing but the backbone, as in the paper's COCO experiments. Parameters have torchvision's names: on timm's
-`resnet50` its COCO checkpoints load.
+The detector, FPN and heads are torchvision's and the backbone is any timm network of sequential stages. So two networks
+differ in nothing but the backbone, as in the paper's COCO experiments. Parameters have torchvision's names: its COCO
+checkpoints load into a detector on timm's `resnet50`.
 
-torchvision's reference scripts take our detectors unmodified, by `fasterrcnn_` or `maskrcnn_` and a timm model name:
+torchvision's reference scripts run unmodified on `fasterrcnn_` or `maskrcnn_` followed by a timm model name:
 
     python -m timm_sepool.detection train.py --model fasterrcnn_rgse_resnet50 --weights-backbone DEFAULT ...
     torchrun --nproc_per_node 8 -m timm_sepool.detection train.py ...
@@ -31,7 +31,6 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from timm import create_model, list_models
 from timm.layers import freeze_batch_norm_2d
-from timm.models import load_state_dict
 from timm.utils import freeze
 
 from . import _private
@@ -40,7 +39,7 @@ __all__ = ['faster_rcnn', 'mask_rcnn', 'register_detectors']
 
 
 class _FPNBackbone(nn.Module):
-    """Features at strides 4, 8, 16 and 32 and an FPN over them, with the names of torchvision's detectors."""
+    """Features at strides 4, 8, 16 and 32 and an FPN over them, named as in torchvision's detectors."""
 
     def __init__(self, body: Any, out_channels: int = 256):
         super().__init__()
@@ -50,33 +49,33 @@ class _FPNBackbone(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Map x (B, C, H, W) to '0', '1', '2', '3' at strides 4 to 32 and 'pool' at 64, 256 channels each."""
-        features: Dict[str, torch.Tensor] = OrderedDict()
+        features: Dict[str, torch.Tensor] = OrderedDict()  # filled by a loop, the form that TorchScript takes
         for i, feature in enumerate(self.body(x)):
             features[str(i)] = feature
         return self.fpn(features)
 
 
 def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs) -> Any:
-    """Feature extractor with frozen norms and stages, raises as `faster_rcnn`."""
+    """The backbone's feature extractor with frozen norms and stages. Raises as `faster_rcnn`."""
     if type(trainable_layers) is not int or trainable_layers not in range(6):
         raise ValueError(f'trainable_layers must be an integer from 0 to 5, got {trainable_layers!r}.')
-    what = f'Detection needs a backbone of four NCHW stages in sequence at strides 4, 8, 16 and 32, {backbone}'
+    needed = 'Choose a backbone of four sequential NCHW stages at strides 4, 8, 16 and 32.'
     try:
         body: Any = create_model(backbone, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
-    except (AssertionError, IndexError) as e:  # timm's, for an index out of range
-        raise ValueError(f'{what} gives none: {e}') from e
+    except (AssertionError, IndexError) as e:  # what timm raises for an index that is out of range
+        raise ValueError(f'{backbone} has fewer than four stages ({e}). {needed}') from e
     strides = body.feature_info.reduction()
     if strides != [4, 8, 16, 32]:
-        raise ValueError(f'{what} has its last features at strides {strides}.')
+        raise ValueError(f'{backbone} has its last four stages at strides {strides}. {needed}')
     if not hasattr(body, 'return_layers') or body.output_fmt != 'NCHW':
         output_fmt = getattr(body, 'output_fmt', 'NCHW')
-        layout = 'branches' if output_fmt == 'NCHW' else f'{output_fmt} features'
-        raise ValueError(f'{what} has {layout} ({type(body).__name__}).')
+        layout = 'stages with branches' if output_fmt == 'NCHW' else f'{output_fmt} features'
+        raise ValueError(f'{backbone} has {layout} ({type(body).__name__}). {needed}')
 
     if freeze_bn:
         body = freeze_batch_norm_2d(body)
     if trainable_layers < 5:
-        # children are in the order of use, a stage ends at the child that returns its features
+        # children are in the order of use, and a stage ends at the child that returns its features
         children = [name for name, _ in body.named_children()]
         last = [children.index(name) for name in body.return_layers]
         stem_and_stages = [last[0], *(i + 1 for i in last)]
@@ -85,21 +84,15 @@ def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs
 
 
 def _create_detector(
-        detector: Type[FasterRCNN],
-        backbone: str,
-        num_classes: int,
-        pretrained: bool,
-        trainable_layers: int,
-        freeze_bn: bool,
-        backbone_kwargs: Optional[Dict[str, Any]],
-        **kwargs,
+        detector: Type[FasterRCNN], backbone: str, num_classes: int, pretrained: bool, trainable_layers: int,
+        freeze_bn: bool, backbone_kwargs: Optional[Dict[str, Any]], **kwargs,
 ) -> FasterRCNN:
     body = _create_body(backbone, trainable_layers, freeze_bn, pretrained=pretrained, **(backbone_kwargs or {}))
     cfg = body.pretrained_cfg
     kwargs = {'image_mean': list(cfg['mean']), 'image_std': list(cfg['std']), **kwargs}
     chans = (backbone_kwargs or {}).get('in_chans', cfg['input_size'][0])
     if {len(kwargs['image_mean']), len(kwargs['image_std'])} != {chans}:
-        raise ValueError(f'The backbone takes images of {chans} channels. Give image_mean and image_std of as many.')
+        raise ValueError(f'{backbone} takes images of {chans} channels. Pass image_mean and image_std of this length.')
     return detector(_FPNBackbone(body), num_classes, **kwargs)
 
 
@@ -114,22 +107,23 @@ def faster_rcnn(
 ) -> FasterRCNN:
     """Constructs torchvision's Faster R-CNN with FPN on a timm backbone.
 
-    Images are normalized with mean and std of the backbone's pretrained cfg. The defaults are for fine-tuning
-    pretrained weights, and train on one image per device; training from scratch needs `trainable_layers=5` and
-    `freeze_bn=False`, as frozen norms of an untrained network do nothing (or zero a branch).
+    Images are normalized with the mean and std of the backbone's pretrained cfg. The defaults suit the fine-tuning of
+    pretrained weights and work with one image per device. To train from scratch pass `trainable_layers=5` and
+    `freeze_bn=False`: the frozen norms of an untrained network are identities, or zero a branch.
 
     Args:
-        backbone: Model name as timm.create_model takes it, with or without tag, also `hf-hub:` and `local-dir:`.
-        num_classes: Number of classes, the background included.
+        backbone: Model name as in timm.create_model, with or without tag, also `hf-hub:` and `local-dir:`.
+        num_classes: Number of classes, background included.
         pretrained: Load the backbone's pretrained weights.
-        trainable_layers: How many of stem and four stages train, counted from the last stage: 0 none, 5 all. The
+        trainable_layers: How many of the stem and the four stages train, from the last stage on: 0 none, 5 all. The
             others are frozen, norm statistics included.
-        freeze_bn: Fix affine parameters and statistics of all batch norms of the backbone.
-        backbone_kwargs: Further arguments for the backbone.
+        freeze_bn: Freeze the affine parameters and statistics of all batch norms of the backbone.
+        backbone_kwargs: Further arguments of the backbone.
         **kwargs: Arguments of torchvision's FasterRCNN, such as min_size and max_size (px).
 
     Raises:
-        ValueError: If trainable_layers is out of range or the backbone has no four stages at strides 4 to 32.
+        ValueError: If trainable_layers is out of range, the backbone does not have four sequential stages at strides 4
+            to 32, or image_mean or image_std does not have one value per input channel.
     """
     return _create_detector(
         FasterRCNN, backbone, num_classes, pretrained, trainable_layers, freeze_bn, backbone_kwargs, **kwargs)
@@ -144,41 +138,33 @@ def mask_rcnn(
         backbone_kwargs: Optional[Dict[str, Any]] = None,
         **kwargs,
 ) -> MaskRCNN:
-    """Constructs torchvision's Mask R-CNN with FPN on a timm backbone. Arguments and errors as `faster_rcnn`."""
+    """Constructs torchvision's Mask R-CNN with FPN on a timm backbone, with the arguments of `faster_rcnn`."""
     return _create_detector(
         MaskRCNN, backbone, num_classes, pretrained, trainable_layers, freeze_bn, backbone_kwargs, **kwargs)
 
 
 def _build(
-        detector: Type[FasterRCNN],
-        model_name: str,
-        *,
-        weights: Optional[str] = None,
-        weights_backbone: Optional[str] = None,
-        trainable_backbone_layers: Optional[int] = None,
-        num_classes: Optional[int] = None,
-        backbone_kwargs: Optional[Dict[str, Any]] = None,
-        **kwargs,
+        detector: Type[FasterRCNN], model_name: str, *, weights: Optional[str] = None,
+        weights_backbone: Optional[str] = None, trainable_backbone_layers: Optional[int] = None,
+        num_classes: Optional[int] = None, backbone_kwargs: Optional[Dict[str, Any]] = None, **kwargs,
 ) -> FasterRCNN:
     """Builder with the arguments of torchvision's own, see `register_detectors`."""
     if weights is not None:
-        raise ValueError(f'There are no weights {weights!r}: no trained detectors on timm backbones are published.')
+        raise ValueError(f'Unknown weights {weights!r}: no trained detectors on timm backbones exist. Pass None.')
     backbone = model_name
     is_trained = weights_backbone is not None
     if weights_backbone is not None and weights_backbone != 'DEFAULT':
         if weights_backbone.startswith(('hf-hub:', 'local-dir:')):
             backbone = weights_backbone
         elif Path(weights_backbone).is_file():
-            overlay: Dict[str, Any] = dict(file=weights_backbone)
-            classifier = load_state_dict(weights_backbone).get('fc.weight')
-            if classifier is not None:
-                overlay['num_classes'] = len(classifier)
-            backbone_kwargs = dict(backbone_kwargs or {}, pretrained_cfg_overlay=overlay)
+            # with this number timm drops the file's classifier, whatever its size
+            overlay = {'file': weights_backbone, 'num_classes': -1}
+            backbone_kwargs = {**(backbone_kwargs or {}), 'pretrained_cfg_overlay': overlay}
         elif f'{model_name}.{weights_backbone}' in list_models(f'{model_name}.*', include_tags=True):
             backbone = f'{model_name}.{weights_backbone}'
         else:
             raise ValueError(
-                f'{weights_backbone} is neither a file nor a tag of {model_name}. DEFAULT is its default tag.')
+                f'{weights_backbone} is neither a file nor a tag of {model_name}. Pass DEFAULT for its default tag.')
     if trainable_backbone_layers is None:
         trainable_backbone_layers = 3 if is_trained else 5
     model = _create_detector(
@@ -186,16 +172,16 @@ def _build(
         **kwargs)
     architecture = model.backbone.body.pretrained_cfg['architecture']
     if architecture != model_name:
-        raise ValueError(f'{weights_backbone} holds {architecture}, not {model_name}.')
+        raise ValueError(f'{weights_backbone} holds {architecture}, not {model_name}. Choose the detector of its name.')
     return model
 
 
 def register_detectors() -> None:
     """Register `fasterrcnn_NAME` and `maskrcnn_NAME` for every timm model NAME, for `torchvision.models.get_model`.
 
-    The builders take torchvision's arguments. `weights_backbone` is None, 'DEFAULT' for the model's default pretrained
-    tag, another tag of it, a checkpoint file, or the `hf-hub:` or `local-dir:` name of such a model. Without it
-    everything trains from scratch, norms included, as in torchvision's builders. Can be called again.
+    The builders take torchvision's arguments. `weights_backbone` is None, 'DEFAULT' for the default pretrained tag of
+    the model, another of its tags, a checkpoint file, or the `hf-hub:` or `local-dir:` name of such a model. With None
+    everything trains from scratch, norms included, as in torchvision's builders. A second call changes nothing.
     """
     known = set(models.list_models())
     for name in list_models():
@@ -209,10 +195,10 @@ def main() -> None:
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         print(
             'usage: python -m timm_sepool.detection SCRIPT [ARGUMENT ...]\n'
-            "SCRIPT has to be a file, such as torchvision's references/detection/train.py.", file=sys.stderr)
+            "SCRIPT must be a file, for example torchvision's references/detection/train.py.", file=sys.stderr)
         sys.exit(2)
     register_detectors()
-    # the reference script saves its arguments in its checkpoints, and then can't load them
+    # the reference script saves its arguments in its checkpoints, which torch.load refuses otherwise
     torch.serialization.add_safe_globals([argparse.Namespace])
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
