@@ -24,7 +24,7 @@ from torchvision.ops import masks_to_boxes
 import timm
 from helpers.common import FULL, NAMES, TINY, images, serve_donor, tiny
 from helpers.hub_server import HubServer
-from timm_sepool.cli.hub import save_folder
+from timm_sepool.cli._output import save_folder
 from timm_sepool.detection import faster_rcnn, main, mask_rcnn, register_detectors
 
 FAMILIES = ('spse_resnet50', 'rgse_resnet50')
