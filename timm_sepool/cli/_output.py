@@ -129,3 +129,20 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
     ):
         raise CommandError(f'{path} holds no state dict (tensors by name). Save one with torch.save or safetensors.')
     return clean_state_dict(checkpoint)
+
+
+def check_figure_path(path: Path) -> None:
+    """Raise CommandError if `save_figure` could not write `path`, before any work is done for it."""
+    check_new(path)
+    if path.suffix not in ('.png', '.pdf', '.svg'):
+        raise CommandError(f'{path} must be named .png, .pdf or .svg.')
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as e:
+        raise CommandError('Drawing needs matplotlib: pip install "timm_sepool[plot]".') from e
+
+
+def save_figure(figure, path: Path) -> None:
+    """Save a `matplotlib.figure.Figure` in the format of the path's suffix. Raises as `new_path`."""
+    with new_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])

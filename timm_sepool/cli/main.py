@@ -16,6 +16,8 @@ from typing import Any, Dict, List, Optional
 from safetensors import SafetensorError
 
 from .. import __version__
+from . import bench, plot
+from ._arguments import ModelKwargs, add_preprocessing, preprocessing
 from ._output import CommandError, check_new, new_path, temporary_folder
 
 
@@ -128,33 +130,6 @@ def cmd_quickstart(args: argparse.Namespace) -> None:
     quickstart(check_model(args.model), out=args.out, epochs=args.epochs, seed=args.seed)
 
 
-def cmd_bench(args: argparse.Namespace) -> None:
-    import torch
-
-    from ..plot import new_figure
-    from .bench import DEFAULT_MODELS, MODES, bench, plot, table
-
-    size = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
-    if len(size) != 2:
-        raise CommandError(f'--img-size takes a side or height and width, got {len(size)} numbers.')
-    if args.plot:  # before the work, not after it
-        check_new(args.plot)
-        if args.plot.suffix != '.png':
-            raise CommandError(f'{args.plot} has to be named .png.')
-        new_figure(1, 1)  # says so if matplotlib is missing
-    if args.threads is not None:
-        if args.threads < 1:
-            raise CommandError(f'--threads must be at least 1, got {args.threads}.')
-        torch.set_num_threads(args.threads)
-    report = bench(
-        args.models or list(DEFAULT_MODELS), args.peer, (args.mode,) if args.mode else MODES, args.batch_size,
-        tuple(size), args.device, args.compile, args.channels_last, args.amp, args.rounds, args.repeats, args.blocks,
-        args.model_kwargs)
-    print(json.dumps(report, indent=2) if args.json else table(report))
-    if args.plot:
-        plot(report, args.plot)
-
-
 def cmd_cards(args: argparse.Namespace) -> None:
     from .hub import default_cards
 
@@ -167,24 +142,19 @@ def cmd_cards(args: argparse.Namespace) -> None:
     print(f'wrote {len(cards)} cards to {args.output}')
 
 
-def _preprocessing(args: argparse.Namespace) -> Dict[str, Any]:
-    flags = ('img_size', 'interpolation', 'crop_pct', 'mean', 'std')
-    return {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
-
-
 def cmd_push(args: argparse.Namespace) -> None:
     from .hub import check_model, check_repo_id, check_token, export, upload
 
     check_model(args.model)
     check_repo_id(args.repo_id)
-    preprocessing = _preprocessing(args)
-    if preprocessing and not args.checkpoint:
+    flags = preprocessing(args)
+    if flags and not args.checkpoint:
         raise CommandError('Preprocessing flags go with --checkpoint, the weights of a tag have their own.')
     if not args.dry_run:
         check_token()
     export_args = dict(
         checkpoint=args.checkpoint, use_ema=args.use_ema, run_args=args.args, model_kwargs=args.model_kwargs,
-        preprocessing=preprocessing, labels=args.labels, metrics=args.metrics, license=args.license)
+        preprocessing=flags, labels=args.labels, metrics=args.metrics, license=args.license)
     if args.dry_run:
         with new_path(args.dry_run) as temporary:
             export(args.model, args.repo_id, temporary, **export_args)
@@ -201,55 +171,6 @@ def cmd_push(args: argparse.Namespace) -> None:
     print(f"pushed {url}\n\n  timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
 
 
-def cmd_plot(args: argparse.Namespace) -> None:
-    from .. import plot
-
-    out = args.out or Path(f'{args.kind}.png')
-    plot.new_figure(1, 1)  # says early if matplotlib is missing
-    if out.suffix not in ('.png', '.pdf', '.svg'):
-        raise CommandError(f'{out} has to be named .png, .pdf or .svg.')
-    with new_path(out) as temporary:
-        model, cfg = plot.load_model(args.model, args.checkpoint, args.use_ema, args.model_kwargs, _preprocessing(args))
-        try:
-            if args.kind == 'kernels':
-                figure = plot.plot_kernels(model, cfg['input_size'])
-            else:
-                plot.last_squeezes(model)  # says early if there is none
-                num_images = {'gates': 50, 'descriptors': 4}[args.kind] if args.num_images is None else args.num_images
-                images, labels, class_names = plot.load_images(
-                    args.data, cfg, num_images, args.class_map, args.kind == 'gates', args.classes)
-                if args.kind == 'gates':
-                    figure = plot.plot_gates(model, images, labels, class_names)
-                else:
-                    names = plot.network_class_names(model)
-                    if names is None and len(class_names) == model.num_classes:
-                        names = class_names
-                    figure = plot.plot_descriptors(model, images, labels, class_names, names, cfg['mean'], cfg['std'])
-        except ValueError as e:
-            raise CommandError(str(e)) from e
-        figure.savefig(temporary, format=out.suffix[1:])
-    print(f'wrote {out}')
-
-
-class _ModelKwargs(argparse.Action):
-    """key=value pairs, parsed by timm's own action once it is needed."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        from timm.utils import ParseKwargs
-        try:
-            ParseKwargs([option_string], self.dest)(parser, namespace, values)
-        except ValueError as e:
-            raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {" ".join(values)}') from e
-
-
-def _add_preprocessing(p: argparse.ArgumentParser) -> None:
-    p.add_argument('--img-size', type=int, metavar='N', help='validation image size')
-    p.add_argument('--interpolation', metavar='NAME', help='validation interpolation')
-    p.add_argument('--crop-pct', type=float, metavar='N', help='validation crop')
-    p.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='normalization mean')
-    p.add_argument('--std', type=float, nargs='+', metavar='STD', help='normalization std')
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='timm-sepool',
@@ -260,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser('list', help='the models beside plain, SE and CBAM: parameters, GMACs, claimed errors')
     p.add_argument('--json', action='store_true', help='print JSON')
-    p.set_defaults(func=cmd_list)
+    p.set_defaults(run=cmd_list)
 
     p = commands.add_parser('convert', help='a checkpoint of the official code or of train.py to safetensors')
     p.add_argument('input', type=Path, metavar='IN', help='.pth, .pth.tar or .safetensors')
@@ -268,72 +189,30 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--model', required=True, help='its architecture, e.g. rgse_resnet50')
     p.add_argument('--use-ema', action='store_true', help='take the EMA weights of a training checkpoint')
     p.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
+        '--model-kwargs', nargs='*', default={}, action=ModelKwargs, metavar='KEY=VALUE',
         help='model arguments as in train.py, num_classes and in_chans are read off the checkpoint',
     )
-    p.set_defaults(func=cmd_convert)
+    p.set_defaults(run=cmd_convert)
 
     p = commands.add_parser('imagefolder', help='an official image list to a folder of links that timm reads')
     p.add_argument('list', type=Path, metavar='LIST', help='text file of lines "image label", labels from 0')
     p.add_argument('images', type=Path, metavar='IMAGES', help='folder that the listed images are relative to')
     p.add_argument('output', type=Path, metavar='OUT', help='folder to write, must not exist')
-    p.set_defaults(func=cmd_imagefolder)
+    p.set_defaults(run=cmd_imagefolder)
 
     p = commands.add_parser('quickstart', help='train, validate, save, load and predict on handwritten digits')
     p.add_argument('--model', default='rgse_resnet50', help='architecture, built small (default: %(default)s)')
     p.add_argument('--epochs', type=int, default=12, help='epochs (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0, help='random seed (default: %(default)s)')
     p.add_argument('--out', type=Path, help='folder to write (default: the first free sepool_quickstart[-N])')
-    p.set_defaults(func=cmd_quickstart)
+    p.set_defaults(run=cmd_quickstart)
 
-    p = commands.add_parser('bench', help='speed and memory beside the peers, in one run and in turns')
-    p.add_argument(
-        'models', nargs='*', metavar='MODEL[+ATTN]',
-        help='any models of timm; NAME+cbam has that attention layer of timm, NAME+reference the block as the paper '
-        'writes it (default: both ResNet-50 and their peers)',
-    )
-    p.add_argument(
-        '--peer', default='seresnet50', metavar='MODEL[+ATTN]', help='the one compared to (default: %(default)s)')
-    p.add_argument('--mode', choices=('infer', 'train'), help='inference or training step (default: both)')
-    p.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images (default: %(default)s)')
-    p.add_argument('--img-size', type=int, nargs='+', default=[224], metavar='N', help='side, or height and width')
-    p.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
-    p.add_argument('--compile', action='store_true', help='torch.compile the networks')
-    p.add_argument('--channels-last', action='store_true', help='channels_last memory format')
-    p.add_argument('--amp', action='store_true', help='autocast to bfloat16')
-    p.add_argument('--rounds', type=int, default=7, metavar='N', help='measurements of each (default: %(default)s)')
-    p.add_argument('--repeats', type=int, default=1, metavar='N', help='steps a measurement (default: %(default)s)')
-    p.add_argument('--threads', type=int, metavar='N', help='CPU threads')
-    p.add_argument('--blocks', action='store_true', help='also everything after bn3 of one block a stage')
-    p.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE', help='for all models')
-    p.add_argument('--json', action='store_true', help='print JSON')
-    p.add_argument('--plot', type=Path, metavar='FILE', help='write a bar chart (PNG), must not exist')
-    p.set_defaults(func=cmd_bench)
-
-    p = commands.add_parser('plot', help='pictures of what the squeeze looks at and of what the gates do')
-    p.add_argument(
-        'kind', choices=('gates', 'kernels', 'descriptors'),
-        help='mean gate of every channel by class; weight of every position in the squeeze; pooled cells over images',
-    )
-    p.add_argument('model', metavar='MODEL', help='architecture[.tag], folder, or hf-hub:USER/NAME')
-    p.add_argument('--checkpoint', type=Path, help='trained weights, by default those of MODEL')
-    p.add_argument('--use-ema', action='store_true', help='take the EMA weights of the checkpoint')
-    p.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE', help='model arguments')
-    p.add_argument('--data', default='digits', help="folder of images by class, or 'digits' (default: %(default)s)")
-    p.add_argument('--class-map', default='', metavar='FILE', help="classes of the folder, as for timm's scripts")
-    p.add_argument(
-        '--num-images', type=int, metavar='N',
-        help='images to take: gates of each class (default 50), descriptors of all (default 4)')
-    p.add_argument('--classes', nargs='+', metavar='NAME', help='classes to draw gates of (default: five)')
-    _add_preprocessing(p)
-    p.add_argument('--out', type=Path, metavar='FILE', help='.png, .pdf or .svg, must not exist (default: KIND.png)')
-    p.set_defaults(func=cmd_plot)
+    bench.add_parser(commands)
+    plot.add_parser(commands)
 
     p = commands.add_parser('cards', help='the model cards of all default tags')
     p.add_argument('output', type=Path, metavar='OUT', help='folder to write, must not exist')
-    p.set_defaults(func=cmd_cards)
+    p.set_defaults(run=cmd_cards)
 
     p = commands.add_parser('push', help='weights, config and model card to the Hugging Face Hub')
     p.add_argument('model', metavar='MODEL[.TAG]', help='architecture, with the tag whose weights to push')
@@ -342,17 +221,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--use-ema', action='store_true', help='take the EMA weights of the checkpoint')
     p.add_argument('--args', type=Path, metavar='FILE', help='args.yaml of the training run, if it is elsewhere')
     p.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
+        '--model-kwargs', nargs='*', default={}, action=ModelKwargs, metavar='KEY=VALUE',
         help='model arguments, if there is no args.yaml',
     )
-    _add_preprocessing(p)
+    add_preprocessing(p)
     p.add_argument('--labels', type=Path, metavar='FILE', help='class names, one a line')
     p.add_argument('--metrics', type=Path, metavar='FILE', help='results file (CSV) of validate.py, for the card')
     p.add_argument('--license', default='apache-2.0', help='license of trained weights (default: %(default)s)')
     p.add_argument('--private', action='store_true', help='create the repository private')
     p.add_argument('--force', action='store_true', help='replace a network of another architecture')
     p.add_argument('--dry-run', type=Path, metavar='DIR', help='write this folder instead of uploading')
-    p.set_defaults(func=cmd_push)
+    p.set_defaults(run=cmd_push)
     return parser
 
 
@@ -401,7 +280,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         try:
             args = _parser().parse_args(argv)
             command = f' {args.command}'
-            args.func(args)
+            args.run(args)
         finally:
             _flush()
     except BrokenPipeError:  # `timm-sepool list | head`
