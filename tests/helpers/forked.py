@@ -15,7 +15,7 @@ import tempfile
 import threading
 from typing import Any, Callable, Dict, Optional
 
-MODULES = ('cli.main', 'cli.hub', 'cli.quickstart', 'cli.bench', 'plot')
+MODULES = ('cli.main', 'cli.hub', 'cli.quickstart', 'cli._timing', 'cli.plot', 'plot')
 TIMEOUT = 120
 
 

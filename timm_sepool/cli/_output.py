@@ -121,3 +121,20 @@ def save_folder(
         config['pretrained_cfg'].pop(key, None)
     config['pretrained_cfg'].update(preprocessing or {})
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
+
+
+def check_figure_path(path: Path) -> None:
+    """Raise CommandError if `save_figure` could not write `path`, before any work is done for it."""
+    check_new(path)
+    if path.suffix not in ('.png', '.pdf', '.svg'):
+        raise CommandError(f'The name of {path} must end in .png, .pdf or .svg.')
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as e:
+        raise CommandError('Drawing needs matplotlib: pip install "timm_sepool[plot]".') from e
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Save a `matplotlib.figure.Figure` in the format of the path's suffix. Raises as `new_path`."""
+    with new_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])

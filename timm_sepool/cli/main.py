@@ -12,7 +12,7 @@ import threading
 from typing import List, Optional
 
 from .. import __version__
-from . import cards, convert, imagefolder, list_models, push, quickstart
+from . import bench, cards, convert, imagefolder, list_models, plot, push, quickstart
 from ._output import CommandError
 
 
@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--version', action='version', version=f'timm_sepool {__version__}')
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for command in (quickstart, list_models, imagefolder, push, convert, cards):
+    for command in (quickstart, list_models, imagefolder, push, convert, plot, bench, cards):
         command.add_parser(subparsers)
     return parser
 

@@ -6,7 +6,7 @@ import argparse
 import time
 from itertools import count
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict
 
 from ._digits import NUM_HELD_OUT, load_digits
 from ._models import check_model
