@@ -1,4 +1,4 @@
-""" The ten networks at full size, and each claim about them as a check on a small network of each family """
+""" The ten networks at full size, and every claim about them on a small network of each family """
 import copy
 import pickle
 import warnings
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm
 from helpers import reference
-from helpers.common import GOLDEN, NAMES, PARAMS, TINY, images, official_state_dict, tiny, training_step
+from helpers.common import FULL, GOLDEN, NAMES, PARAMS, TINY, images, official_state_dict, tiny, training_step
 from timm.layers import BlurPool2d, GroupNorm1
 from timm.models.resnet import Bottleneck
 from timm.utils import freeze
@@ -20,7 +20,7 @@ from timm_sepool import RGSEModule, SEPoolBottleneck, SEPoolResNet, SPSEModule, 
 from timm_sepool.squeeze import SEPoolModule
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
-SIZES = [(32, 32), (97, 131), (224, 224), (288, 288), (320, 480)]
+SIZES = [(97, 131), *(pytest.param(size, marks=pytest.mark.full) for size in ((32, 32), (224, 224), (320, 480)))]
 
 
 # --- per name, full size
@@ -43,25 +43,27 @@ def test_full_size(name: str) -> None:
 
 @pytest.mark.parametrize('name', NAMES)
 def test_equals_official_code(name: str) -> None:
-    """Logits of the official code (float64, eval) after the filter and a strict load, in both memory formats."""
+    """Logits of the official code (float64, eval) after the filter and a strict load; --full: both memory formats."""
     model = timm.create_model(name).double().eval()
     state_dict = {f'module.{k}': v for k, v in official_state_dict(name).items()}  # as DataParallel saves it
     model.load_state_dict(checkpoint_filter_fn({'state_dict': state_dict, 'epoch': 100}, model), strict=True)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 224, 224)))
     expected = torch.from_numpy(GOLDEN[f'{name}/logits'])
     assert expected.abs().max() > 1
+    images = slice(2 if FULL else 1)  # half of the time
     with torch.no_grad():
-        assert (model(x) - expected).abs().max() <= 1e-12
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-        assert (model(x) - expected).abs().max() <= 1e-12
+        assert (model(x[images]) - expected[images]).abs().max() <= 1e-12
+        if FULL:
+            model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+            assert (model(x) - expected).abs().max() <= 1e-12
 
 
 # --- the claims, small
 
-@pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
+@pytest.mark.parametrize('size', SIZES, ids=str)
 @pytest.mark.parametrize('name', FAMILIES)
 def test_training_step_equals_formulas(name: str, size) -> None:
-    """Loss and every gradient in float64 against the formulas written out, at sizes the official code can't take."""
+    """Loss and every gradient in float64 against the formulas, at sizes that the official code cannot take."""
     kwargs = dict(TINY, layers=(2, 1, 2, 1)) if size[0] < 224 else TINY
     model = tiny(name, **kwargs).double().train()
     x = images(3, *size, dtype=torch.float64)
@@ -75,7 +77,7 @@ def test_training_step_equals_formulas(name: str, size) -> None:
         torch.testing.assert_close(grads[n], g, rtol=1e-6, atol=1e-9, msg=lambda m, n=n: f'{n}: {m}')
 
 
-@pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
+@pytest.mark.parametrize('size', SIZES, ids=str)
 @pytest.mark.parametrize('name', FAMILIES)
 def test_memory_formats_and_amp(name: str, size) -> None:
     """channels_last computes the same in forward and backward, bfloat16 autocast about the same."""
@@ -98,42 +100,19 @@ def test_memory_formats_and_amp(name: str, size) -> None:
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_bf16_amp_trains(name: str) -> None:
-    model = tiny(name).train()
-    x, y = images(8, 64, 64), torch.arange(8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    losses = []
-    for _ in range(15):
-        with torch.autocast('cpu', torch.bfloat16):
-            loss = nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-@pytest.mark.parametrize('name', FAMILIES)
-def test_in_chans_and_num_classes(name: str) -> None:
-    for in_chans in (1, 4):
-        model = tiny(name, in_chans=in_chans)
-        assert model(images(2, in_chans, 64, 64)).shape == (2, 10)
-    for num_classes, out in ((0, 512), (7, 7)):
-        model = tiny(name, num_classes=num_classes)
-        assert model(images(2, 64, 64)).shape == (2, out)
-    assert tiny(name, num_classes=0, global_pool='')(images(2, 64, 64)).shape == (2, 512, 2, 2)
-
-
-@pytest.mark.parametrize('name', FAMILIES)
-def test_reset_classifier(name: str) -> None:
-    model = tiny(name)
+def test_channels_and_classifier(name: str) -> None:
     x = images(2, 64, 64)
+    for in_chans in (1, 4):
+        assert tiny(name, in_chans=in_chans)(images(2, in_chans, 64, 64)).shape == (2, 10)
+    assert tiny(name, num_classes=0)(x).shape == (2, 512)
+    assert tiny(name, num_classes=0, global_pool='')(x).shape == (2, 512, 2, 2)
+    model = tiny(name)
     features = model.forward_features(x)
+    assert model.forward_head(features, pre_logits=True).shape == (2, 512)
     model.reset_classifier(5)
     assert model(x).shape == (2, 5)
     model.reset_classifier(0, 'max')
     torch.testing.assert_close(model(x), features.amax((2, 3)))
-    assert tiny(name).forward_head(features, pre_logits=True).shape == (2, 512)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -185,13 +164,18 @@ def test_drop_rates(name: str, rate: str) -> None:
     assert not torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize('kwargs', [
+BLOCK_ARGS = [
     dict(), dict(aa_layer=BlurPool2d), dict(stem_type='deep', stem_width=16), dict(avg_down=True),
     dict(replace_stem_pool=True), dict(block_reduce_first=2, cardinality=1, base_width=64), dict(act_layer='silu'),
     dict(drop_path_rate=0.5), dict(drop_block_rate=0.5), dict(block_args=dict(attn_layer='eca')),
     dict(block_args=dict(attn_layer=None)),
+]
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    pytest.param(name, kwargs, marks=[] if (i + j) % 2 == 0 else pytest.mark.full)
+    for i, name in enumerate(FAMILIES) for j, kwargs in enumerate(BLOCK_ARGS)
 ], ids=str)
-@pytest.mark.parametrize('name', FAMILIES)
 def test_block_equals_timms(name: str, kwargs, monkeypatch) -> None:
     """timm's own Bottleneck.forward computes the same, with everything that ResNet can put into a block or a stem."""
     model = tiny(name, **kwargs).double().train()
@@ -239,31 +223,18 @@ def test_grad_checkpointing(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_deepcopy_and_pickle(name: str) -> None:
-    model = tiny(name)
-    x = images(2, 64, 64)
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
-
-
-@pytest.mark.parametrize('name', FAMILIES)
 def test_other_attention_and_norms(name: str) -> None:
-    """block_args replaces the squeeze as in timm's resnet, norm_layer reaches the squeeze too."""
+    """block_args replaces the squeeze as in timm's resnet, which takes ours; norm_layer reaches the squeeze too."""
     for attn_layer, has_attn in (('eca', True), ('cbam', True), (None, False)):
         model = tiny(name, block_args=dict(attn_layer=attn_layer))
         assert not any(isinstance(m, SEPoolModule) for m in model.modules())
         assert (model.layer1[0].se is not None) is has_attn
         assert model(images(2, 64, 64)).isfinite().all()
+    drop_in = SPSEModule if name.startswith('spse') else partial(RGSEModule, grid=4)
+    assert tiny('resnet26', block_args=dict(attn_layer=drop_in))(images(2, 64, 64)).shape == (2, 10)
     model = tiny(name, norm_layer=GroupNorm1).train()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert model(images(1, 64, 64)).isfinite().all()  # and so one image trains
-
-
-def test_in_timms_own_resnet() -> None:
-    """The modules are drop-ins for timm's attention layers."""
-    for attn_layer in (SPSEModule, partial(RGSEModule, grid=4)):
-        model = timm.create_model('resnet26', block_args=dict(attn_layer=attn_layer), num_classes=10)
-        assert model(images(2, 64, 64)).shape == (2, 10)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -319,76 +290,22 @@ def test_initialization(name: str) -> None:
     assert all(torch.equal(v, first[k]) for k, v in timm.create_model(name, **TINY).state_dict().items())
 
 
-# --- checkpoints
+# --- use
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_native_checkpoint_is_returned_unchanged(name: str) -> None:
-    model = tiny(name)
-    state_dict = model.state_dict()
-    filtered = checkpoint_filter_fn(state_dict, model)
-    assert list(filtered) == list(state_dict) and all(filtered[k] is state_dict[k] for k in filtered)
-    model.load_state_dict(filtered, strict=True)
-
-
-def test_small_storages(tmp_path) -> None:
-    """Tensors that repeat one number in the file are weights as any other, as long as the model's are as large."""
-    model = tiny('rgse_resnet50')
-    state_dict = {**model.state_dict(), 'bn1.bias': torch.full((1,), 0.5).expand(64)}
-    torch.save(state_dict, tmp_path / 'net.pth')
-    overlays = (dict(file=str(tmp_path / 'net.pth'), num_classes=10), dict(state_dict=state_dict, num_classes=10))
-    for overlay in overlays:
-        args = dict(num_classes=10, pretrained_cfg_overlay=overlay, **TINY)
-        loaded = timm.create_model('rgse_resnet50', pretrained=True, **args)
-        assert all(torch.equal(v, state_dict[k]) for k, v in loaded.state_dict().items())
-
-
-def test_given_state_dict_in_errors() -> None:
-    """Not the file that it stands for."""
-    overlay = dict(state_dict={'bn1.bias': torch.ones(64, dtype=torch.int8)})
-    with pytest.raises(RuntimeError, match='can not be loaded from the given state dict: .* by name .bn1.bias'):
-        timm.create_model('rgse_resnet50', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
-
-
-def test_no_weights_to_load() -> None:
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for rgse_resnet50'):  # timm's own
-        timm.create_model('rgse_resnet50', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=None), **TINY)
-
-
-def test_official_file_as_pretrained(tmp_path) -> None:
-    """timm's own loading runs the filter: other classes, other channels, features."""
-    state_dict = official_state_dict('rgse_resnet50')
-    torch.save({'state_dict': state_dict, 'arch': 'RGSE50'}, tmp_path / 'RGSE50.pth.tar')
-    create = partial(
-        timm.create_model, 'rgse_resnet50', pretrained=True,
-        pretrained_cfg_overlay=dict(file=str(tmp_path / 'RGSE50.pth.tar')))
-    conv1 = state_dict['conv1.weight'].float()
-    assert torch.equal(create().fc.weight, state_dict['fc.weight'].float())
-    model = create(num_classes=7, in_chans=1)
-    assert model.fc.weight.shape == (7, 2048)
-    torch.testing.assert_close(model.conv1.weight, conv1.sum(1, keepdim=True))
-    assert torch.equal(create(features_only=True).conv1.weight, conv1)
-
-
-@pytest.mark.parametrize('other', ['rgse_resnet101', 'rgse_resnext50', 'spse_resnet50'])
-@pytest.mark.parametrize('kwargs', [dict(), dict(num_classes=10), dict(features_only=True)], ids=str)
-def test_checkpoint_of_another_architecture(tmp_path, other: str, kwargs) -> None:
-    """One clear error, also where timm itself would load in part."""
-    torch.save(official_state_dict(other), tmp_path / 'other.pth')
-    with pytest.raises(RuntimeError, match='other.pth is not one for rgse_resnet50: .* Use a sound checkpoint'):
-        timm.create_model(
-            'rgse_resnet50', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'other.pth')), **kwargs)
+def test_copies_without_warnings(name: str) -> None:
+    x = images(2, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model = tiny(name)
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+        training_step(model.train(), x)
 
 
 def test_unknown_name() -> None:
     with pytest.raises(RuntimeError, match='Unknown model'):
-        timm.create_model('rgse_resnet51')
-
-
-def test_no_warnings() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        model = tiny('rgse_resnet50').train()
-        training_step(model, images(2, 64, 64))
+        timm.create_model('rgse_resnext50_32x4d')
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(drop_path_rate=0.2)], ids=str)
