@@ -415,7 +415,7 @@ def test_command_bad_input(tmp_path, capsys, monkeypatch, folder: Path, photos: 
     fails('existing.png exists and is left as it is', 'resnet', '--out', 'existing.png')
     fails('out.txt has to be named .png', './digits', '--out', 'out.txt')
     fails('is no writable folder', './digits', '--out', 'no/out.png')
-    fails('The checkpoint is not one for spse_resnet50', 'spse_resnet50', *rgse[1:])
+    fails('The checkpoint does not fit spse_resnet50', 'spse_resnet50', *rgse[1:])
     fails('resnet18.pth holds no rgse_resnet50 weights', 'rgse_resnet50', *TINY_ARGS, '--checkpoint', 'resnet18.pth')
     fails('There is no checkpoint none.pth', 'rgse_resnet50', '--checkpoint', 'none.pth')
     fails('resnet18.pth can not be loaded as a seresnet18', 'seresnet18', '--checkpoint', 'resnet18.pth')
