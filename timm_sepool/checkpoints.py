@@ -168,9 +168,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module, strict: b
 
 
 def raise_loading_error(error: Exception, model: nn.Module, cache_dir: Union[None, str, Path] = None) -> NoReturn:
-    """Raise a RuntimeError that says why timm could not load the weights of a model's config, and what to do.
+    """Raise a RuntimeError that says why timm could not load a model's weights and what to do, from timm's error.
 
-    `error`, which timm raised, is raised unchanged if the config names no weights.
+    If the model's config names no weights, that error is raised unchanged.
     """
     cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     source = 'the given state dict' if cfg.get('state_dict') else cfg.get('file') or cfg.get('hf_hub_id')

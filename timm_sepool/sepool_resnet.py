@@ -1,8 +1,7 @@
 """ SPSE and RGSE ResNet / ResNeXt
 
 timm's ResNet whose blocks have squeeze-and-excitation with spatial-pyramid (SPSE) or resolution-guided (RGSE) pooling.
-timm has the networks that the paper compares with: `resnet50`, `seresnet50`, `resnet50` with
-`block_args=dict(attn_layer='cbam')`, ...
+The networks that the paper compares with are timm's, CBAM's with `block_args=dict(attn_layer='cbam')`.
 
 No trained SPSE / RGSE weights are public. `pretrained=True` loads the weights of the plain backbone (the donor). The
 network then computes exactly what its donor computes: the squeeze has no effect until it is fine-tuned, and accuracy
@@ -48,7 +47,6 @@ class SEPoolBottleneck(Bottleneck):
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-
         if self.se is not None:
             if (self.drop_path is None or not self.training) and hasattr(self.se, 'forward_gate'):
                 return self.act3(self.se(x, shortcut))
