@@ -1,8 +1,8 @@
-""" Fine-tuning from a donor against training from scratch, on handwritten digits, at equal steps
+""" Fine-tuning from a donor against training from scratch, on handwritten digits, with equal steps
 
-A small plain ResNet is trained on half of the digits. An SPSE / RGSE network of its size then sees 160 other digits for
-a few epochs, once from the donor's weights and once from scratch. `python tests/finetune_digits.py` prints the figures
-of README.
+A small plain ResNet is trained on 800 digits. An SPSE / RGSE network of its size then sees 160 other digits for a few
+epochs: once it starts from the donor's weights, once from scratch. `python docs/finetune_digits.py` prints the table of
+docs/weights.md.
 """
 import statistics
 from typing import Dict, List, Tuple
@@ -19,7 +19,7 @@ DONOR_EPOCHS, TUNING_EPOCHS, BATCH_SIZE, LR = 8, 4, 32, 0.02
 
 
 def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) -> None:
-    """SGD with momentum and a constant learning rate, the batches by seed."""
+    """SGD with momentum and a constant learning rate; the seed draws the batches."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
     model.train()
@@ -32,7 +32,7 @@ def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ep
 
 
 def compare(name: str, seeds: List[int], donor_name: str = 'resnet50') -> Dict[str, List[float]]:
-    """Top-1 accuracies (%) on 837 digits that neither the donor nor the fine-tuning saw, by start and seed."""
+    """Top-1 accuracies (%) on the 837 digits that neither training saw, by start, one per seed."""
     transform = create_transform(**{k: v for k, v in DATA_CFG.items() if k not in ('num_classes', 'pool_size')})
     digits, labels = load_digits()
     images = torch.stack([transform(digit) for digit in digits])

@@ -1,7 +1,7 @@
 """ SPSE and RGSE networks for timm
 
-The models are registered with timm as soon as both are imported, see `_autoload`. Neither torch nor timm is imported
-here: torch loads this package at the end of its own import, and timm may be half-imported then.
+The models are registered with timm as soon as torch and timm are imported, see `_autoload`. This file imports neither:
+torch loads this package at the end of its own import, and timm may be half-imported then.
 """
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,12 @@ from ._autoload import install as _install
 
 if TYPE_CHECKING:
     from .adopted import adopt as adopt
+    from .checkpoints import checkpoint_filter_fn as checkpoint_filter_fn
     from .plot import plot_descriptors as plot_descriptors
     from .plot import plot_gates as plot_gates
     from .plot import plot_kernels as plot_kernels
     from .sepool_resnet import SEPoolBottleneck as SEPoolBottleneck
     from .sepool_resnet import SEPoolResNet as SEPoolResNet
-    from .sepool_resnet import checkpoint_filter_fn as checkpoint_filter_fn
     from .squeeze import RGSEModule as RGSEModule
     from .squeeze import SPSEModule as SPSEModule
 
@@ -25,7 +25,7 @@ _PUBLIC = {
     'RGSEModule': 'squeeze',
     'SEPoolBottleneck': 'sepool_resnet',
     'SEPoolResNet': 'sepool_resnet',
-    'checkpoint_filter_fn': 'sepool_resnet',
+    'checkpoint_filter_fn': 'checkpoints',
     'adopt': 'adopted',
     'plot_gates': 'plot',
     'plot_kernels': 'plot',

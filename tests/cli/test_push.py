@@ -151,7 +151,7 @@ def test_donor_with_other_blocks(hub: HubServer, small_donor: partial) -> None:
     for attn_layer in (None, partial(SPSEModule, gate_layer='hard_sigmoid')):
         assert torch.equal(small_donor(block_args=dict(attn_layer=attn_layer)).eval()(x), donor(x))
     for attn_layer in ('eca', partial(SPSEModule, gate_layer='relu')):
-        with pytest.raises(RuntimeError, match='is not one for rgse_resnet50: .* missing .layer1.0.se'):
+        with pytest.raises(RuntimeError, match='does not fit rgse_resnet50 .missing tensors: layer1.0.se'):
             small_donor(block_args=dict(attn_layer=attn_layer))
 
 
@@ -172,7 +172,7 @@ def test_donor_of_another_topology(tmp_path, other: str, kwargs) -> None:
     """One clear error, also where timm itself would load in part."""
     path = tmp_path / f'{other}.safetensors'
     safetensors.torch.save_file(timm.create_model(other).state_dict(), path)
-    with pytest.raises(RuntimeError, match=f'{other}.safetensors is not one for rgse_resnet50: .* Use a sound'):
+    with pytest.raises(RuntimeError, match=f'{other}.safetensors: .* does not fit rgse_resnet50 .* Use an undamaged'):
         timm.create_model('rgse_resnet50', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)
 
 
@@ -395,7 +395,7 @@ def test_push_bad_input(hub: HubServer, trained: Dict, tmp_path, capsys, monkeyp
     push_fails('holds no accuracy of spse_resnext50', '--metrics', str(run / 'results.csv'))
     push_fails('names 3 classes, the network has 4', '--labels', str(run / 'results.csv'))
     push_fails('can not be created', '--model-kwargs', 'layer=3')
-    push_fails('is not one for spse_resnext50', '--model-kwargs', 'layers=(1,1,2,1)')
+    push_fails('does not fit spse_resnext50', '--model-kwargs', 'layers=(1,1,2,1)')
     push_fails('is no writable folder', '--dry-run', str(tmp_path / 'no' / 'out'))
     push_fails('exists and is left as it is', '--dry-run', str(run))
     hub.add('user/other', {'config.json': json.dumps(dict(architecture='resnet50')).encode()})

@@ -163,7 +163,7 @@ def test_nothing_to_download(hub: HubServer, small_donor: Callable, monkeypatch,
     elif fault == 'no such file':
         hub.repos['model', DONOR] = Repo(DONOR)
     else:
-        with pytest.raises(RuntimeError, match='rgse_resnet50 can not be loaded from timm/a b c: HFValidationError'):
+        with pytest.raises(RuntimeError, match='rgse_resnet50 cannot be loaded from timm/a b c: HFValidationError'):
             small_donor(pretrained_cfg_overlay=dict(hf_hub_id='timm/a b c'))
         return
     check_refused(source)
@@ -282,7 +282,7 @@ def test_cache_that_can_not_be_written(small_donor: Callable, tmp_path: Path, fa
         cache.chmod(0o500)
     else:
         cache.write_text('')
-    with pytest.raises(RuntimeError, match=f'rgse_resnet50 can not be loaded from {DONOR}: .*{cache}.* Check'):
+    with pytest.raises(RuntimeError, match=f'rgse_resnet50 cannot be loaded from {DONOR}: .*{cache}.* Check'):
         small_donor()
     cache.unlink() if cache.is_file() else cache.chmod(0o700)
     small_donor()
@@ -393,5 +393,5 @@ def test_push_without_a_donor(hub: HubServer, repo: Repo, capsys, fault) -> None
     finally:
         shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)  # or now the damaged one
     err = capsys.readouterr().err
-    assert f'timm-sepool push: error: The pretrained weights of rgse_resnet50 can not be loaded from {DONOR}' in err
+    assert f'timm-sepool push: error: The pretrained weights of rgse_resnet50 cannot be loaded from {DONOR}' in err
     assert 'Traceback' not in err and set(repo) == {'config.json', 'README.md'}

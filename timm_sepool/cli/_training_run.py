@@ -19,7 +19,7 @@ from torch import nn
 from timm.data import create_transform, resolve_data_config
 from timm.models import clean_state_dict, create_model, get_arch_name, get_pretrained_cfg, load_model_config_from_hf
 
-from ..sepool_resnet import checkpoint_filter_fn
+from ..checkpoints import checkpoint_filter_fn
 from ..squeeze import SEPoolModule
 from ._arguments import PREPROCESSING_FLAGS
 from ._output import CommandError, first_line
