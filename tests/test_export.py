@@ -1,5 +1,6 @@
 """ Compilers and exporters: each must compute what eager mode computes, at sizes it was not traced at """
-from typing import Tuple
+import random
+from typing import List, Optional, Tuple
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm
-from helpers.common import images, tiny, training_step
+from helpers.common import FULL, images, tiny, training_step
+from timm_sepool.squeeze import RGSEModule, SPSEModule
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
 
@@ -78,6 +80,38 @@ def test_compile_fullgraph(name: str) -> None:
         assert_same(loss_compiled, loss)
         for n in grads:
             assert_same(grads_compiled[f'_orig_mod.{n}'], grads[n])
+
+
+def compiled_graphs(model: nn.Module, dynamic: Optional[bool], inputs: List[torch.Tensor]) -> List[torch.fx.GraphModule]:
+    """The graphs that torch.compile makes for these inputs, after a comparison with eager mode for each."""
+    graphs: List[torch.fx.GraphModule] = []
+    torch.compiler.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        for x in inputs:
+            assert_same(compiled(x), model(x))
+    return graphs
+
+
+@pytest.mark.parametrize('dynamic', [True, None])
+def test_compile_many_sizes(dynamic: Optional[bool]) -> None:
+    """One dynamic graph serves all sizes, as in seresnet50: the squeezes add no guards on them."""
+    rng = random.Random(0)
+    inputs = [images(1, rng.randint(33, 160), rng.randint(33, 160)) for _ in range(25 if FULL else 8)]
+    most = len(compiled_graphs(tiny('seresnet50'), dynamic, inputs)) + 1
+    for name in FAMILIES:
+        assert len(compiled_graphs(tiny(name), dynamic, inputs)) <= most, name
+
+
+@pytest.mark.parametrize('module', [SPSEModule(8), RGSEModule(8, grid=4)], ids=['spse', 'rgse'])
+def test_compile_static_sizes(module: nn.Module) -> None:
+    """Static graphs pool where the grid divides the map: they build no window matrices, which dynamic graphs need."""
+    inputs = [torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 24)]
+    for dynamic, number in ((False, 2), (None, 1), (True, 1)):
+        graphs = compiled_graphs(module.eval(), dynamic, inputs[:number])
+        assert len(graphs) == number
+        assert all(any(n.target is torch.arange for n in graph.graph.nodes) == (dynamic is True) for graph in graphs)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
