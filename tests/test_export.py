@@ -1,19 +1,21 @@
 """ Compilers and exporters: each must compute what eager mode computes, at sizes it was not traced at """
-from typing import Tuple
+import random
+from typing import List, Optional, Tuple
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm
-from helpers.common import images, tiny, training_step
+from helpers.common import FULL, images, tiny, training_step
+from timm_sepool.squeeze import RGSEModule, SPSEModule
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to float32 rounding, of the largest value: train mode's norms amplify it in the small ones."""
+    """Equal up to float32 rounding of the largest value: train mode's norms amplify it in the small ones."""
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-3 * max(1., expected.abs().max().item()))
 
 
@@ -30,7 +32,7 @@ def test_torchscript(name: str) -> None:
         assert_same(grads_scripted[n], grads[n])
 
 
-@pytest.mark.parametrize('attn_layer', [None, 'se', 'eca'])
+@pytest.mark.parametrize('attn_layer', [None, 'eca', pytest.param('se', marks=pytest.mark.full)])
 def test_torchscript_of_other_blocks(attn_layer: str) -> None:
     model = tiny('rgse_resnet50', block_args=dict(attn_layer=attn_layer))
     assert_same(torch.jit.script(model)(images(2, 64, 64)), model(images(2, 64, 64)))
@@ -50,10 +52,10 @@ def test_fx(name: str) -> None:
     """Symbolic trace, torchvision's feature extractor and timm's, each at two sizes, and a traced model scripted."""
     model = tiny(name)
     graphs = [
-        torch.fx.symbolic_trace(model),
+        fx.symbolic_trace(model),
         lambda x: create_feature_extractor(model, ['fc'])(x)['fc'],
         lambda x: timm.models.create_feature_extractor(model, ['fc'])(x)['fc'],
-        torch.jit.script(torch.fx.symbolic_trace(model)),
+        torch.jit.script(fx.symbolic_trace(model)),
     ]
     for graph in graphs:
         for size in ((64, 64), (97, 131)):
@@ -80,11 +82,44 @@ def test_compile_fullgraph(name: str) -> None:
             assert_same(grads_compiled[f'_orig_mod.{n}'], grads[n])
 
 
+def compiled_graphs(model: nn.Module, dynamic: Optional[bool], inputs: List[torch.Tensor]) -> List[fx.GraphModule]:
+    """The graphs that torch.compile makes for these inputs, after a comparison with eager mode for each."""
+    graphs: List[fx.GraphModule] = []
+    torch.compiler.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        for x in inputs:
+            assert_same(compiled(x), model(x))
+    return graphs
+
+
+@pytest.mark.parametrize('dynamic', [True, None])
+def test_compile_many_sizes(dynamic: Optional[bool]) -> None:
+    """One dynamic graph serves all sizes, as in seresnet50: the squeezes add no guards on them."""
+    rng = random.Random(0)
+    inputs = [images(2, rng.randint(33, 160), rng.randint(33, 160)) for _ in range(25 if FULL else 8)]
+    most = len(compiled_graphs(tiny('seresnet50'), dynamic, inputs)) + 1
+    for name in FAMILIES:
+        assert len(compiled_graphs(tiny(name), dynamic, inputs)) <= most, name
+
+
+@pytest.mark.parametrize('module', [SPSEModule(8), RGSEModule(8, grid=4)], ids=['spse', 'rgse'])
+def test_compile_static_sizes(module: nn.Module) -> None:
+    """Static graphs pool where the grid divides the map: they build no window matrices, which dynamic graphs need."""
+    inputs = [torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 24)]
+    for dynamic, number in ((False, 2), (None, 1), (True, 1)):
+        graphs = compiled_graphs(module.eval(), dynamic, inputs[:number])
+        assert len(graphs) == number
+        assert all(any(n.target is torch.arange for n in graph.graph.nodes) == (dynamic is True) for graph in graphs)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize('name', FAMILIES)
 def test_compile_inductor(name: str) -> None:
-    """torch.compile's default backend; only this much because one compilation takes about a minute.
+    """torch.compile's default backend, which takes about a minute for one graph.
 
-    In float64: in float32 a value next to 0 can fall on the other side of a ReLU, and its gradient with it.
+    In float64: rounding in float32 can move a value across a ReLU's 0, which changes its gradient.
     """
     model = tiny(name).double()
     torch.compiler.reset()
@@ -109,7 +144,7 @@ def dynamic_shapes(how: str) -> Tuple:
     return ({0: dim('batch'), 2: dim('height', min=64, max=2048), 3: dim('width', min=64, max=2048)},)
 
 
-@pytest.mark.parametrize('how', ['auto', 'range'])
+@pytest.mark.parametrize('how', ['auto', pytest.param('range', marks=pytest.mark.full)])
 @pytest.mark.parametrize('name', FAMILIES)
 def test_torch_export(name: str, how: str) -> None:
     """One exported program for every batch and size."""
@@ -117,7 +152,7 @@ def test_torch_export(name: str, how: str) -> None:
         try:
             torch.export.export(tiny('resnet50'), (images(2, 224, 224),), dynamic_shapes=dynamic_shapes(how))
         except Exception:
-            pytest.skip(f'torch {torch.__version__} can not do this for a plain resnet50 either')
+            pytest.skip(f'torch {torch.__version__} cannot do this for a plain resnet50 either')
     model = tiny(name)
     program = torch.export.export(model, (images(2, 224, 224),), dynamic_shapes=dynamic_shapes(how)).module()
     for batch, size in ((2, (224, 224)), (1, (97, 131)), (5, (64, 320))):

@@ -1,6 +1,6 @@
 """ Random squeezes, networks and checkpoints (hypothesis)
 
-The default profile draws the same few examples in every run, `pytest --hypothesis-profile=full` many others each time.
+The default run draws the same few examples every time, `pytest --full` draws many new ones.
 """
 import copy
 import math
@@ -32,8 +32,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def examples(factor: float) -> settings:
-    """So many times the examples of the profile, as what they cost differs."""
-    return settings(max_examples=int(factor * settings().max_examples))
+    """Scale the number of examples of the profile by what one costs."""
+    return settings(max_examples=round(factor * settings().max_examples))
 
 
 # --- squeeze and epilogue
@@ -60,22 +60,22 @@ def lay_out(shape: Tuple[int, ...], layout: Layout, dtype: torch.dtype = torch.f
     return x[tuple(slice(step - 1, None, step) for step in layout.steps)].expand(shape)
 
 
-def shapes(grid: int, min_batch: int = 0) -> st.SearchStrategy:
+def shapes(grid: int) -> st.SearchStrategy:
     """(B, C, H, W), each side of any length or a multiple of the grid."""
     side = st.integers(1, 36) | st.integers(1, 5).map(lambda n: n * grid)
-    return st.tuples(st.integers(min_batch, 4), st.integers(1, 12), side, side)
+    return st.tuples(st.integers(0, 4), st.integers(1, 12), side, side)
 
 
 @st.composite
-def grids_and_shapes(draw, min_batch: int = 0) -> Tuple[List[int], Tuple[int, ...]]:
+def grids_and_shapes(draw) -> Tuple[List[int], Tuple[int, ...]]:
     """Grids as `spatial_weighted_sum` wants them: the finest last and a multiple of every other."""
     finest = draw(st.integers(1, 12))
     coarser = draw(st.lists(st.sampled_from([g for g in range(1, finest + 1) if finest % g == 0]), max_size=3))
-    return [*coarser, finest], draw(shapes(finest, min_batch))
+    return [*coarser, finest], draw(shapes(finest))
 
 
 @st.composite
-def modules_and_shapes(draw, min_batch: int = 0) -> Tuple[partial, Tuple[int, ...]]:
+def modules_and_shapes(draw) -> Tuple[partial, Tuple[int, ...]]:
     grid = draw(st.none() | st.integers(1, 9))
     kwargs = draw(st.fixed_dictionaries({}, optional=dict(
         rd_ratio=st.sampled_from((1 / 16, 1 / 4, 0.9, 1)),
@@ -84,7 +84,7 @@ def modules_and_shapes(draw, min_batch: int = 0) -> Tuple[partial, Tuple[int, ..
         norm_layer=st.none(),
     )))
     module = partial(SPSEModule, **kwargs) if grid is None else partial(RGSEModule, grid=grid, **kwargs)
-    return module, draw(shapes(grid or 4, min_batch))
+    return module, draw(shapes(grid or 4))
 
 
 def build(module: partial, channels: int) -> nn.Module:
@@ -99,7 +99,7 @@ def build(module: partial, channels: int) -> nn.Module:
     return module
 
 
-@examples(5)
+@examples(2)
 @given(modules_and_shapes(), LAYOUTS, LAYOUTS, st.booleans(), st.booleans(), SEEDS)
 def test_module_equals_formula(drawn, layout, shortcut_layout, has_shortcut, training, seed) -> None:
     """Output, gradients of x, shortcut and every parameter and the running statistics, float64."""
@@ -124,7 +124,7 @@ def test_module_equals_formula(drawn, layout, shortcut_layout, has_shortcut, tra
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     for (n, a), b in zip(ours.named_buffers(), theirs.buffers()):
-        if not n.endswith('num_batches_tracked'):  # F.batch_norm doesn't count
+        if not n.endswith('num_batches_tracked'):  # F.batch_norm does not count
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert all(torch.equal(a, b) for a, b in zip(inputs, values))
     if not make.keywords.get('rd_channels'):
@@ -133,40 +133,7 @@ def test_module_equals_formula(drawn, layout, shortcut_layout, has_shortcut, tra
         assert ours.fc1.out_channels == max(divisor, divisor * int(hidden / divisor + 0.5))
 
 
-@examples(5)
-@given(modules_and_shapes(), LAYOUTS, LAYOUTS, st.booleans(), st.sampled_from(DTYPES), SEEDS)
-def test_module_rounding(drawn, layout, shortcut_layout, has_shortcut, dtype, seed) -> None:
-    """In eval mode no more is lost than rounding every step loses, by the formula with the magnitudes in it."""
-    (make, shape), _ = drawn, torch.manual_seed(seed)
-    module = build(make, shape[1]).eval().to(dtype)
-    inputs = [lay_out(shape, layout, dtype), lay_out(shape, shortcut_layout, dtype)][:1 + has_shortcut]
-    with torch.no_grad():
-        got = module(*inputs)
-        assert got.dtype == dtype
-        module = module.double()
-        magnitudes = copy.deepcopy(module)
-        for p in magnitudes.parameters():
-            p.abs_()
-        x, *shortcut = (t.double() for t in inputs)
-        eps = 16 * torch.finfo(dtype).eps
-        s = reference.squeeze_sum(module, x)
-        error = eps * reference.squeeze_sum(magnitudes, x.abs())
-        if isinstance(module.bn, nn.BatchNorm2d):
-            bn = module.bn
-            mean, scale, bias = (t.view(1, -1, 1, 1) for t in (
-                bn.running_mean, bn.weight * (bn.running_var + bn.eps).rsqrt(), bn.bias))
-            error = scale.abs() * error + eps * (scale.abs() * (s.abs() + mean.abs()) + bias.abs())
-            s = (s - mean) * scale + bias
-        for fc, abs_fc in ((module.fc1, magnitudes.fc1), (module.fc2, magnitudes.fc2)):
-            s = s.relu()
-            error = abs_fc(error) - abs_fc(torch.zeros_like(error)) + eps * abs_fc(s)
-            s = fc(s)
-        error = x.abs() * (error / 4 + eps) + eps * sum(t.abs() for t in shortcut)
-        expected = x * s.sigmoid() + sum(shortcut)
-    assert ((got.double() - expected).abs() <= error + torch.finfo(dtype).tiny).all()
-
-
-@examples(5)
+@examples(2)
 @given(grids_and_shapes(), LAYOUTS, st.sampled_from((torch.float64, *DTYPES)), st.booleans(), SEEDS)
 def test_weighted_sum_rounding(drawn, layout, dtype, weights_in_float32, seed) -> None:
     """Value and gradients within 16 roundings of the same formula of magnitudes."""
@@ -191,12 +158,12 @@ def test_weighted_sum_rounding(drawn, layout, dtype, weights_in_float32, seed) -
         assert ((a.double() - b).abs() <= 16 * torch.finfo(dtype).eps * c + torch.finfo(dtype).tiny).all()
 
 
-@examples(2)
+@examples(1)
 @given(grids_and_shapes(), SEEDS)
 @example(([1, 2, 4], (2, 3, 56, 3)), 0)
 @example(([21], (2, 3, 100, 167)), 0)
 def test_weighted_sum_invariants(drawn, seed) -> None:
-    """The kernel is the gradient of the sum, and the sum is linear and knows no direction."""
+    """The kernel is the gradient of the sum, and the sum is linear and commutes with flips and transposition."""
     (grids, (batch, channels, height, width)), _ = drawn, torch.manual_seed(seed)
     x, y = torch.randn(2, batch, channels, height, width, dtype=torch.float64)
     weights, others = ([torch.randn(channels, 1, g, g, dtype=torch.float64) for g in grids] for _ in range(2))
@@ -247,7 +214,7 @@ STRIDES = st.sampled_from((8, 16, 32))
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
 
 
-@examples(0.5)
+@examples(0.3)
 @given(FAMILIES, TOPOLOGIES, STRIDES, st.integers(1, 5), st.integers(1, 3), st.tuples(*[st.integers(1, 90)] * 2), SEEDS)
 def test_network_in_eval_mode(name, kwargs, stride, in_chans, batch, size, seed) -> None:
     """Strides and shapes of the features, and neither the memory format nor the rest of the batch matters."""
@@ -281,7 +248,7 @@ def by_formula(model: nn.Module) -> nn.Module:
     return model
 
 
-@examples(0.5)
+@examples(0.3)
 @given(FAMILIES, TOPOLOGIES, STRIDES, st.booleans(), st.tuples(*[st.integers(33, 80)] * 2), SEEDS)
 def test_network_equals_formula(name, kwargs, stride, training, size, seed) -> None:
     """Loss and every gradient, float64."""
@@ -332,7 +299,7 @@ def official(state_dict: Dict[str, torch.Tensor], family: str) -> Dict[str, torc
 
 @pytest.mark.parametrize('name', NAMES)
 def test_names_of_the_official_code(name: str) -> None:
-    """`official` makes the checkpoints that the official code does."""
+    """`official` makes the keys and shapes of the official code's checkpoints."""
     with torch.device('meta'):
         state_dict = official(timm.create_model(name).state_dict(), name[:4])
     assert {k: ','.join(str(n) for n in v.shape) for k, v in state_dict.items()} == dict(
@@ -353,13 +320,13 @@ def file() -> Iterator[str]:
 
 
 def from_file(name: str, file: str, state_dict: Dict[str, torch.Tensor], classes: int, **kwargs) -> nn.Module:
-    """As pretrained weights of so many classes."""
+    """A network with these weights as its pretrained ones, whose config declares this number of classes."""
     safetensors.torch.save_file({k: v.contiguous() for k, v in state_dict.items()}, file)
     overlay = dict(file=file, num_classes=classes, first_conv='conv1.0' if kwargs['stem_type'] else 'conv1')
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
 
-@examples(1)
+@examples(0.4)
 @given(
     FAMILIES, BODIES, st.integers(1, 5), st.sampled_from(('native', 'official')), st.booleans(), st.booleans(), SEEDS)
 def test_checkpoint_round_trip(name, kwargs, in_chans, kind, parallel, nested, seed) -> None:
@@ -414,14 +381,14 @@ def mutate(state_dict: Dict[str, torch.Tensor], how: str, key: str) -> Dict[str,
     return out
 
 
-@examples(5)
+@examples(1)
 @given(
     st.data(), FAMILIES, TOPOLOGIES, st.sampled_from(('native', 'official', 'donor')),
     st.sampled_from(('added', 'dropped', 'renamed', 'longer', 'scalar', 'flat')),
     st.sampled_from((dict(), dict(num_classes=20), dict(features_only=True))),
 )
 def test_mutated_checkpoint(file, data, name, kwargs, kind, how, loading) -> None:
-    """No tensor too many, too few or of another shape goes unnoticed, also where timm itself would load in part."""
+    """A tensor too many, too few or of another shape is refused, also where timm itself would load a part."""
     if kind == 'official':
         kwargs = {**{k: kwargs[k] for k in BODY}, 'stem_type': ''}
     model = tiny(name, **kwargs)
@@ -445,7 +412,7 @@ def test_mutated_checkpoint(file, data, name, kwargs, kind, how, loading) -> Non
         assert all(torch.equal(loaded[k], expected[k]) for k in body if kind != 'donor' or '.se.' not in k)
 
 
-@examples(2)
+@examples(0.5)
 @given(st.data(), FAMILIES, BODIES, st.sampled_from(('native', 'official', 'donor')))
 def test_name_twice(data, name, kwargs, kind) -> None:
     """After the renaming two tensors have one name."""
@@ -459,7 +426,7 @@ def test_name_twice(data, name, kwargs, kind) -> None:
         checkpoint_filter_fn(state_dict, model)
 
 
-@examples(1)
+@examples(0.4)
 @given(
     FAMILIES, TOPOLOGIES, STRIDES, st.integers(1, 4), st.integers(2, 3), st.tuples(*[st.integers(1, 80)] * 2),
     st.booleans(), st.booleans(), st.sampled_from((torch.float32, torch.float64, torch.bfloat16)), SEEDS,
@@ -486,17 +453,3 @@ def test_computes_what_the_donor_computes(
     # oneDNN leaves parts of the bfloat16 gradient of a weight unwritten where a strided conv sees a width of 1
     for n, g in (their_grads if dtype != torch.bfloat16 else {}).items():
         assert torch.equal(grads[n] * (2 if '.bn3.' in n else 1), g), n
-
-
-@examples(3)
-@given(st.data(), FAMILIES, TOPOLOGIES, st.sampled_from(sorted(set(TOPOLOGY) - {'num_classes'})))
-def test_donor_of_another_topology(data, name, kwargs, changed) -> None:
-    """Refused where any tensor but the classifier differs."""
-    value = data.draw(TOPOLOGY[changed].filter(lambda v: v != kwargs[changed]), changed)
-    model = timm.create_model(name, **kwargs)
-    plain, donor = (timm.create_model('resnet50', **k).state_dict() for k in (kwargs, {**kwargs, changed: value}))
-    if {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in donor.items()}:  # as in a stem that isn't deep
-        assert checkpoint_filter_fn(donor, model).keys() == model.state_dict().keys()
-    else:
-        with pytest.raises(RuntimeError, match=REFUSED.format(name)):
-            checkpoint_filter_fn(donor, model)

@@ -1,17 +1,17 @@
 """ Squeeze-and-Excitation with Local Spatial Pooling (SPSE, RGSE)
 
-An SE block squeezes each channel to its global average. These two squeeze it to a few local averages, fuse those with
-one learned depthwise kernel and excite as SE does:
+An SE block squeezes each channel to its global average. SPSE and RGSE average it over the cells of one or more grids,
+fuse these averages with learned depthwise kernels, and excite as SE does:
 - SPSE: spatial-pyramid pooling, 1x1 + 2x2 + 4x4 grids
 - RGSE: resolution-guided pooling, one grid whose cells are 7x7 windows at 224 px: 8, 4, 2, 1 at stages 1 to 4
 
 Papers / References:
-- `Delving deep into spatial pooling for squeeze-and-excitation networks`
+- `Delving deep into spatial pooling for squeeze-and-excitation networks`, section 3
     (Jin et al., Pattern Recognition 121, 2022) - https://doi.org/10.1016/j.patcog.2021.108159
 - `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507
 
-Up to the fusion's norm the squeeze is linear in x: one weighted sum over the positions of each channel. So x is read
-once, whatever the number of grids, see `spatial_weighted_sum`.
+Up to the fusion's norm the squeeze is linear in x: it is one weighted sum over the positions of each channel. So one
+read of x is enough for any number of grids, see `spatial_weighted_sum`.
 """
 from typing import List, Optional, Tuple, Type, Union
 
@@ -19,27 +19,32 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental import symbolic_shapes
 
 from timm.layers import create_act_layer, make_divisible
 
 __all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_kernel', 'spatial_weighted_sum']
 
-# torch < 2.7 can't tell export from compile, there both take the form that serves export
+# torch < 2.7 cannot tell export from compile: both take the form that serves export
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+# torch 2.7 cannot tell dynamic sizes from static ones and guards on them
+_has_static_value = getattr(symbolic_shapes, 'has_static_value', lambda size: True)
 
 
-def _any_size() -> bool:
-    """If the graph being recorded has to serve sizes other than its example's."""
+def _size_may_vary(height: int, width: int) -> bool:
+    """Whether the traced graph must work at other input sizes."""
     if torch.jit.is_scripting():
         return False
-    return torch.jit.is_tracing() or _is_exporting()
+    if torch.jit.is_tracing() or _is_exporting():
+        return True
+    return torch.compiler.is_compiling() and not (_has_static_value(height) and _has_static_value(width))
 
 
 def _axis_windows(size: int, grids: List[int], device: torch.device) -> torch.Tensor:
-    """Which of `size` positions the adaptive pooling windows of each grid cover, bool (sum of grids, size).
+    """Whether each adaptive pooling window covers each position of an axis, bool (sum of grids, size).
 
-    Window i of g runs from floor(i * size / g) to ceil((i + 1) * size / g). Built from arange, never from Python
-    numbers, so that an exported graph follows the size of its input.
+    Window i of g runs from floor(i * size / g) to ceil((i + 1) * size / g). It is built from arange, not from Python
+    numbers, so that a traced graph follows the size of its input.
     """
     pos = torch.arange(size, device=device)
     windows: List[torch.Tensor] = []
@@ -50,38 +55,40 @@ def _axis_windows(size: int, grids: List[int], device: torch.device) -> torch.Te
 
 
 def _power_of_two(windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Windows (n, size) of zeros and ones over a power of two near their length, and the scale (n,) to their mean.
+    """Split windows (n, size) of zeros and ones, divided by their lengths, into (n, size) and a scale (n,).
 
-    Autocast leaves powers of two exact, where 1 / 49 would be off by 0.2 %.
+    The first factor holds powers of two, which autocast keeps exact. It would round 1 / 49 by 0.2 %.
     """
     length = windows.sum(1)
-    power = 2. ** length.log2().floor()  # not exp2, which the TorchScript ONNX exporter lacks
+    power = 2. ** length.log2().floor()  # the TorchScript ONNX exporter lacks exp2
     return windows / power.unsqueeze(1), power / length
 
 
 def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torch.Tensor:
-    """What a squeeze looks at: the weight of every position in the sum over the weighted cells of all its grids.
+    """Weight of every position of the feature map in `spatial_weighted_sum`.
+
+    For each channel and position it is the sum of weight / area over the cells of all grids that cover the position.
 
     Args:
         height: Height H of the feature map.
         width: Width W of the feature map.
-        weights: Depthwise kernels (C, 1, g, g) of adaptive average pooling to g x g cells.
+        weights: Depthwise kernels (C, 1, g, g) of adaptive average pooling to g x g cells, for any grids g.
 
     Returns:
-        (C, H * W)
+        Weights (C, H * W), in float32 at least, or in the dtype of the autocast context if there is one.
     """
     grids = [w.shape[-1] for w in weights]
     device = weights[0].device
-    # an area is not exact in half precision
+    # half precision rounds the areas
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
     rows = _axis_windows(height, grids, device)
-    if not _any_size() and height == width:
+    if not _size_may_vary(height, width) and height == width:
         cols = rows
     else:
         cols = _axis_windows(width, grids, device)
 
-    if len(grids) == 1 and not _any_size():
-        # axis by axis, the windows of all cells would be a matrix (g * g, H * W). Its reshapes guard an exported size.
+    if len(grids) == 1 and not _size_may_vary(height, width):
+        # Axis by axis, as the windows of all cells would fill a matrix (g * g, H * W). Its reshapes guard traced sizes.
         rows, row_scale = _power_of_two(rows.to(dtype))
         cols, col_scale = _power_of_two(cols.to(dtype))
         weight = weights[0].to(dtype).squeeze(1) * (row_scale.unsqueeze(1) * col_scale)
@@ -97,48 +104,49 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
     return (torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype) * scale) @ matrix
 
 
-@torch.fx.wrap  # a leaf to fx, whose proxies can't take the branches
+@torch.fx.wrap  # a leaf of fx graphs, as fx cannot trace the branches
 def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
-    """Sum over k of the full-size depthwise convolution of `adaptive_avg_pool2d(x, g_k)` with `weights[k]`.
+    """Pool x to grids, weight the cells of each channel and add them up, with one read of x.
 
-    Equals `sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=C) for w in weights)` with one read of x.
-    The backward keeps no other tensor of the size of x (where cells overlap one of the size of a single image's x).
+    Equals `sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=C) for w in weights)`, the descriptor
+    extraction and fusion of the paper's section 3 before bias and norm. For the backward it keeps no tensor of the size
+    of x but x itself; where cells overlap it also keeps one of the size of a single image.
 
     Args:
         x: Features (B, C, H, W), any H, W >= 1.
-        weights: Depthwise kernels (C, 1, g, g), the finest grid last and a multiple of every other.
+        weights: Depthwise kernels (C, 1, g, g). The finest grid comes last and is a multiple of every other.
 
     Returns:
-        (B, C, 1, 1)
+        Fused descriptor (B, C, 1, 1), in the common dtype of x and weights.
     """
     height, width = x.shape[-2:]
     grid = weights[-1].shape[-1]
-    nhwc = x.stride(1) == 1 and not x.is_contiguous()  # vmap can't tell is_contiguous(memory_format=...)
+    nhwc = x.stride(1) == 1 and not x.is_contiguous()  # vmap lacks is_contiguous(memory_format=...)
 
-    if not _any_size() and height % grid == 0 and width % grid == 0:
-        # the cells of the finest grid tile those of the others, whose weights are spread over it
+    if not _size_may_vary(height, width) and height % grid == 0 and width % grid == 0:
+        # each coarser cell is a block of cells of the finest grid, so its weight is spread over them
         weight = weights[-1]
         for w in weights[:-1]:
             ratio = grid // w.shape[-1]
             weight = weight + F.interpolate(w, size=(grid, grid)) / (ratio * ratio)
         weight = weight.transpose(0, 1)
         if nhwc:
-            # else the gradient arrives in the other format and avg_pool2d's backward copies all of x
+            # otherwise the gradient is NCHW and avg_pool2d's backward copies all of x
             weight = weight.contiguous(memory_format=torch.channels_last)
         if nhwc or width < 16:
             cells = F.avg_pool2d(x, (height // grid, width // grid))
         else:
-            # vectorized along the rows, where avg_pool2d goes window by window
+            # vectorized along the rows, avg_pool2d goes window by window
             cells = x.unflatten(2, (grid, height // grid)).mean(3).unflatten(3, (grid, width // grid)).mean(4)
         return (cells * weight).sum((2, 3), keepdim=True)
 
-    # cheaper than pooling to cells that overlap: one product with the weight of every position
+    # cells may overlap: one product with the weight of every position is cheaper than pooling to them
     if torch.jit.is_scripting():
         kernel = spatial_kernel(height, width, weights)
     elif x.is_meta or not torch.is_autocast_enabled(x.device.type):
         kernel = spatial_kernel(height, width, weights)
     else:
-        # weight / area falls below the normal range of float16
+        # weight / area can be below the normal range of float16
         with torch.autocast(x.device.type, enabled=False):
             kernel = spatial_kernel(height, width, weights)
     x = x.flatten(2)
@@ -150,10 +158,10 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
 
 
 class SEPoolModule(nn.Module):
-    """Base of SPSE and RGSE: the excitation, which is that of `timm.layers.SEModule`, and the squeeze's fusion norm.
+    """Base of SPSE and RGSE: the fusion norm of the squeeze, and the excitation of `timm.layers.SEModule`.
 
-    Subclasses define `squeeze`. `forward` is a drop-in for timm's SE module. As in that `gate` is the gate's activation
-    layer, `forward_gate` computes the gate.
+    gate = sigmoid(fc2(relu(fc1(squeeze(x))))), and the output is x * gate. Subclasses define `forward_squeeze`. The
+    layers have timm's names: `gate` is the activation of the gate, `forward_gate` computes the gate.
     """
 
     def __init__(
@@ -172,11 +180,11 @@ class SEPoolModule(nn.Module):
         Args:
             channels: Number of input channels.
             rd_ratio: Ratio of the excitation's hidden channels to channels.
-            rd_channels: Explicit number of hidden channels, overrides rd_ratio if set.
-            rd_divisor: Divisor the hidden channels are rounded to.
+            rd_channels: Number of hidden channels, overrides rd_ratio if set.
+            rd_divisor: Round the hidden channels to a multiple of this.
             act_layer: Activation after the fusion and between fc1 and fc2.
-            norm_layer: Normalization of the fused descriptor (B, C, 1, 1), None for no normalization.
-            gate_layer: Gate activation.
+            norm_layer: Norm of the fused descriptor (B, C, 1, 1), None for no norm.
+            gate_layer: Activation of the gate.
             device: Device to place tensors on.
             dtype: Data type for tensors.
         """
@@ -191,17 +199,17 @@ class SEPoolModule(nn.Module):
         self.gate = create_act_layer(gate_layer)
 
     def init_weights(self) -> None:
-        """Initialize as the official code does: torch's default for every weight, zero for every bias."""
+        """Initialize as the official code does: torch's default for every weight, 0 for every bias."""
         for module in (self.bn, self.fc1, self.fc2):
             if hasattr(module, 'reset_parameters'):
                 module.reset_parameters()  # type: ignore[operator]
-        self._init_own()
+        self._init_kernels_and_biases()
 
-    def _init_own(self) -> None:
-        """What torch's layers do not do for themselves."""
+    def _init_kernels_and_biases(self) -> None:
+        """Initialize what the `reset_parameters` of torch's layers leave out."""
         for name, param in self.named_parameters():
             if name.startswith('weight'):
-                # torch's default for a depthwise conv of this kernel, uniform in +-1 / sqrt(fan_in)
+                # torch's default for a depthwise conv with this kernel: uniform in +-1 / sqrt(fan_in)
                 bound = 1. / param.shape[-1]
                 nn.init.uniform_(param, -bound, bound)
             elif name.startswith('bias') or name in ('fc1.bias', 'fc2.bias'):
@@ -210,45 +218,45 @@ class SEPoolModule(nn.Module):
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return self.bn(x)
-        return self._norm_checked(x)
+        return self._norm_or_explain(x)
 
     @torch.jit.unused
-    def _norm_checked(self, x: torch.Tensor) -> torch.Tensor:
+    def _norm_or_explain(self, x: torch.Tensor) -> torch.Tensor:
         try:
             return self.bn(x)
         except ValueError as e:
             if x.shape[0] > 1:
                 raise
             raise ValueError(
-                'The squeeze of an SPSE / RGSE block normalizes one value per channel and image over the batch, so '
+                'The squeeze of an SPSE / RGSE block normalizes one value per image and channel over the batch, so '
                 'training needs more than one image per device. Use a larger batch, SyncBatchNorm over several '
                 "devices, or freeze the norms of the squeeze: timm.utils.freeze(model, [n for n, _ in "
                 "model.named_modules() if n.endswith('.se.bn')])."
             ) from e
 
-    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Squeeze x (B, C, H, W) to one fused descriptor per channel (B, C, 1, 1)."""
+    def forward_squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Squeeze x (B, C, H, W) to the fused descriptor (B, C, 1, 1). Raises as `forward_gate`."""
         raise NotImplementedError
 
     def forward_gate(self, x: torch.Tensor) -> torch.Tensor:
-        """Gate of x (B, C, H, W): squeeze and excitation without the scaling, (B, C, 1, 1).
+        """Compute the gate (B, C, 1, 1) of x (B, C, H, W): squeeze and excitation without the scaling.
 
         Raises:
-            ValueError: If the fusion's batch norm is in train mode and the batch is one image on one device.
+            ValueError: If the fusion's batch norm is in train mode and gets a single image.
         """
-        x_se = self.squeeze(x)
+        x_se = self.forward_squeeze(x)
         x_se = self.fc1(x_se)
         x_se = self.act(x_se)
         x_se = self.fc2(x_se)
         return self.gate(x_se)
 
     def forward(self, x: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Scale x (B, C, H, W) by its gate and add shortcut if there is one, same shape. Raises as `forward_gate`."""
+        """Return x * gate, plus shortcut if given, all (B, C, H, W). Raises as `forward_gate`."""
         gate = self.forward_gate(x)
         if shortcut is None:
             return x * gate
         if self.training:
-            # addcmul's backward takes a pass over x more than those of the two steps
+            # the backward of addcmul makes one more pass over x than that of the two steps
             return (x * gate).add_(shortcut)
         return torch.addcmul(shortcut, x, gate)
 
@@ -256,8 +264,8 @@ class SEPoolModule(nn.Module):
 class SPSEModule(SEPoolModule):
     """Spatial-pyramid squeeze-and-excitation: average pooling to 1x1, 2x2 and 4x4 grids.
 
-    The three grids go through depthwise convolutions of their size with bias, whose results are summed, normalized and
-    rectified. Correct at every input size: cells are adaptive pooling's windows.
+    Paper, section 3: descriptor = relu(norm(sum over g = 1, 2, 4 of weight_g * pool_g(x) + bias_g)), where * is a
+    depthwise g x g convolution and pool_g adaptive average pooling to g x g cells, defined at every input size.
     """
 
     def __init__(self, channels: int, device=None, dtype=None, **kwargs):
@@ -276,10 +284,10 @@ class SPSEModule(SEPoolModule):
         self.bias2 = nn.Parameter(torch.empty(channels, **dd))
         self.weight4 = nn.Parameter(torch.empty(channels, 1, 4, 4, **dd))
         self.bias4 = nn.Parameter(torch.empty(channels, **dd))
-        self._init_own()
+        self._init_kernels_and_biases()
 
-    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Squeeze x (B, C, H, W) to one fused descriptor per channel (B, C, 1, 1)."""
+    def forward_squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Squeeze x (B, C, H, W) to the fused descriptor (B, C, 1, 1). Raises as `forward_gate`."""
         x_se = spatial_weighted_sum(x, [self.weight1, self.weight2, self.weight4])
         x_se = x_se + (self.bias1 + self.bias2 + self.bias4).view(1, -1, 1, 1)
         return self.act(self._norm(x_se))
@@ -288,9 +296,9 @@ class SPSEModule(SEPoolModule):
 class RGSEModule(SEPoolModule):
     """Resolution-guided squeeze-and-excitation: average pooling to one grid that belongs to the stage.
 
-    The grid goes through a depthwise convolution of its size without bias, normalized and rectified. A grid of 1 is the
-    global average, only rectified. The paper pools 7x7 windows at 224 px; pooling adaptively to the same grid is
-    identical there and defined at every size.
+    Paper, section 3: descriptor = relu(norm(weight * pool_g(x))), where * is a depthwise g x g convolution (no bias).
+    For g = 1 it is relu(mean(x)). The paper pools 7x7 windows at 224 px. Adaptive average pooling to the same grid is
+    identical there and defined at every input size.
     """
 
     def __init__(
@@ -305,8 +313,8 @@ class RGSEModule(SEPoolModule):
         """
         Args:
             channels: Number of input channels.
-            grid: Cells per side of the pooling grid, the paper's is 8, 4, 2, 1 at stages 1 to 4.
-            norm_layer: Normalization of the fused descriptor. A grid of 1 has none.
+            grid: Cells per side of the pooling grid. The paper has 8, 4, 2, 1 at stages 1 to 4.
+            norm_layer: Norm of the fused descriptor (B, C, 1, 1), None for no norm. A grid of 1 has none.
             device: Device to place tensors on.
             dtype: Data type for tensors.
             **kwargs: Excitation arguments of `SEPoolModule`.
@@ -320,13 +328,13 @@ class RGSEModule(SEPoolModule):
         super().__init__(channels, norm_layer=norm_layer if grid > 1 else None, **kwargs, **dd)
         self.grid = grid
         self.weight = nn.Parameter(torch.empty(channels, 1, grid, grid, **dd)) if grid > 1 else None
-        self._init_own()
+        self._init_kernels_and_biases()
 
     def extra_repr(self) -> str:
         return f'grid={self.grid}'
 
-    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Squeeze x (B, C, H, W) to one fused descriptor per channel (B, C, 1, 1)."""
+    def forward_squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Squeeze x (B, C, H, W) to the fused descriptor (B, C, 1, 1). Raises as `forward_gate`."""
         if self.weight is None:
             return self.act(x.mean((2, 3), keepdim=True))
         return self.act(self._norm(spatial_weighted_sum(x, [self.weight])))
