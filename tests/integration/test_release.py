@@ -1,6 +1,5 @@
 """ What is published: wheel and sdist, their metadata, and the documentation strings """
 import ast
-import inspect
 import re
 import shutil
 import subprocess
@@ -138,14 +137,3 @@ def test_types(tmp_path: Path) -> None:
     revealed = [line for line in result.stdout.splitlines() if 'Revealed type' in line]
     assert len(revealed) == len(timm_sepool.__all__), result.stdout + result.stderr
     assert not [line for line in revealed if '"Any"' in line]
-
-
-@pytest.mark.parametrize('name', sorted(set(timm_sepool.__all__) - {'__version__', 'SEPoolBottleneck'}))
-def test_public_names(name: str) -> None:
-    """What the package exports documents its arguments."""
-    thing = getattr(timm_sepool, name)
-    assert name in dir(timm_sepool)
-    target = thing.__init__ if inspect.isclass(thing) else thing
-    doc = f'{inspect.getdoc(thing)} {inspect.getdoc(target)} {inspect.getdoc(getattr(thing, "forward", None))}'
-    params = set(inspect.signature(target).parameters) - {'self', 'args', 'kwargs', 'device', 'dtype'}
-    assert not {p for p in params if p not in doc}
