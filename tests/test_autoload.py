@@ -60,6 +60,13 @@ def run_python(*code: str, cwd: Path, python: str = sys.executable, **kwargs) ->
     return run([python, '-W', 'error', '-c', program], cwd, **kwargs).stderr
 
 
+def link_packages(folder: Path) -> None:
+    """Link every installed package but this one into a folder."""
+    for entry in (e for p in sys.path if p.endswith('-packages') for e in Path(p).iterdir()):
+        if 'timm_sepool' not in entry.name and entry.suffix != '.pth' and not (folder / entry.name).exists():
+            (folder / entry.name).symlink_to(entry)
+
+
 def check_file(expected: Path) -> str:
     """Code to append to a program: timm_sepool was imported from this file."""
     return f'import timm_sepool; assert timm_sepool.__file__ == {str(expected)!r}, timm_sepool.__file__'
@@ -106,11 +113,7 @@ def test_editable(tmp_path: Path) -> None:
     run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv'], tmp_path)
     scheme = {'base': str(tmp_path / 'venv'), 'platbase': str(tmp_path / 'venv')}
     python = Path(sysconfig.get_path('scripts', vars=scheme)) / Path(sys.executable).name
-    # every installed package but this one, which might be found first
-    site_packages = Path(sysconfig.get_path('purelib', vars=scheme))
-    for entry in Path(sysconfig.get_path('purelib')).iterdir():
-        if 'timm_sepool' not in entry.name:
-            (site_packages / entry.name).symlink_to(entry)
+    link_packages(Path(sysconfig.get_path('purelib', vars=scheme)))
     run([sys.executable, '-m', 'pip', '--python', python, 'install', '--quiet', '--no-deps', '-e', sources], tmp_path)
     code = ('import timm', CHECK, check_file(sources / 'timm_sepool' / '__init__.py'))
     assert run_python(*code, cwd=tmp_path, python=str(python)) == ''

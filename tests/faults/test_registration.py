@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import zipfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Dict, List, Sequence, Tuple
 
 import pytest
+from test_autoload import link_packages
 
 from helpers.common import FULL, NAMES
 
@@ -126,9 +126,7 @@ class Tree:
         shutil.copytree(ROOT / 'timm_sepool', self.package, ignore=shutil.ignore_patterns('__pycache__'))
         self.add_entry_point('timm_sepool', 'timm_sepool._autoload:install')
         if FULL:
-            for entry in Path(sysconfig.get_path('purelib')).iterdir():
-                if 'timm_sepool' not in entry.name:
-                    (folder / entry.name).symlink_to(entry)
+            link_packages(folder)
         else:
             for name, text in STAND_INS.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ print(model.encoder.out_channels, model.encoder.model.layer1[0].se.fc1.weight.gr
     for i in range(8):
         mask[i, :, 8 * (i % 4):8 * (i % 4) + 24, 16:48] = 1.
     x = x * 0.3 + mask * 2.
-    losses = train(model, F.binary_cross_entropy_with_logits, [(x, mask)] * 30, torch.optim.AdamW, lr=3e-3)
+    losses = train(model, F.binary_cross_entropy_with_logits, [(x, mask)] * 60, torch.optim.AdamW, lr=3e-3)
     assert losses[-1] < 0.3 * losses[0], losses
 
 
