@@ -1,8 +1,8 @@
-""" Registers the models as timm.models is imported, so that nobody has to import timm_sepool
+""" Registers the models when timm.models is imported, so that nobody has to import timm_sepool
 
-torch calls `install` through the `torch.backends` entry point at the end of its own import (torch >= 2.5, switched off
-by TORCH_DEVICE_BACKEND_AUTOLOAD=0). `install` only puts a finder in front of `sys.meta_path`, neither torch nor timm is
-imported here. No failure below may break `import torch` or `import timm`.
+torch calls `install` through the `torch.backends` entry point at the end of its own import (torch >= 2.5; set
+TORCH_DEVICE_BACKEND_AUTOLOAD=0 to switch that off). `install` only adds a finder to `sys.meta_path`: this file imports
+neither torch nor timm. No failure in this file may break `import torch` or `import timm`.
 """
 import importlib
 import logging
@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Iterator, Set
 
 _TRIGGER = 'timm.models'
-_MODELS = ('timm_sepool.sepool_resnet', 'timm_sepool.adopted')
-_said: Set[str] = set()
+_MODEL_MODULES = ('timm_sepool.sepool_resnet', 'timm_sepool.adopted')
+_reported_failures: Set[str] = set()
 
 
 def install() -> None:
-    """Register the models: at once if timm.models has been imported, else as soon as it is. Idempotent."""
-    with _failure_is_a_warning():
+    """Register the models now if timm.models is imported, else when it is. More than one call changes nothing."""
+    with _warn_on_failure():
         if any(isinstance(f, _Finder) for f in sys.meta_path):
             return
         if sys.modules.get(_TRIGGER) is not None:
@@ -29,14 +29,15 @@ def install() -> None:
 
 
 @contextmanager
-def _failure_is_a_warning() -> Iterator[None]:
+def _warn_on_failure() -> Iterator[None]:
     try:
         yield
-    except (Exception, SystemExit) as e:  # Ctrl-C is not ours to swallow
-        message = f'timm_sepool could not register its models, timm works without them: {type(e).__name__}: {e}'
-        if message in _said:  # `install` is called by the package and by torch
+    except (Exception, SystemExit) as e:  # not KeyboardInterrupt: Ctrl-C must stop the program
+        message = (f'timm_sepool could not register its models: {type(e).__name__}: {e}. timm works without them. '
+                   'Reinstall timm_sepool and timm, or uninstall timm_sepool.')
+        if message in _reported_failures:  # both torch and timm_sepool/__init__.py call `install`
             return
-        _said.add(message)
+        _reported_failures.add(message)
         try:
             warnings.warn(message, RuntimeWarning, stacklevel=4)
         except RuntimeWarning:  # raised under -W error
@@ -44,30 +45,30 @@ def _failure_is_a_warning() -> Iterator[None]:
 
 
 def _register() -> None:
-    for name in _MODELS:
-        # else registered, or about to be by its importer, maybe a thread that waits for the timm.models of this one
-        if name not in sys.modules:
-            try:
-                importlib.import_module(name)
-            except RuntimeError as e:
-                if type(e).__name__ != '_DeadlockError':  # such a thread, which Python had seen after us
-                    raise
+    for name in _MODEL_MODULES:
+        if name in sys.modules:  # already imported, or being imported by a thread that may wait for this one
+            continue
+        try:
+            importlib.import_module(name)
+        except RuntimeError as e:
+            if type(e).__name__ != '_DeadlockError':  # another thread imports the module, and will register the models
+                raise
 
 
 class _Finder:
-    """Finds timm.models through the finders behind it and has its loader register our models afterwards."""
+    """Finds timm.models with the finders after this one and wraps its loader in `_Loader`."""
 
     def __init__(self) -> None:
         self._searching = threading.local()
 
     def find_spec(self, fullname, path=None, target=None):
-        # the guard lets other add-ons of this technique delegate to us while we delegate to them
+        # another package's finder may ask all finders, so this one too, while it is asked by this one
         if fullname != _TRIGGER or getattr(self._searching, 'value', False):
             return None
         self._searching.value = True
         try:
-            # importlib.util.find_spec would import timm first, and with it timm.models behind our back. The finders in
-            # front have been asked: one that delegates to us would wrap its own loader, which LazyLoader can not take.
+            # importlib.util.find_spec would import timm, and timm.models with it. A finder before this one may have
+            # called it: if asked again, that finder would wrap its own loader, which LazyLoader does not allow.
             finders = list(sys.meta_path)
             position = next((i for i, f in enumerate(finders) if f is self), -1)
             specs = (f.find_spec(fullname, path, target) for f in finders[position + 1:] if hasattr(f, 'find_spec'))
@@ -80,24 +81,20 @@ class _Finder:
 
 
 class _Loader:
-    """The module's own loader, which also registers our models and then leaves no trace."""
+    """Loads timm.models with its original loader, registers our models and removes itself and the finder."""
 
     def __init__(self, loader, finder: _Finder) -> None:
-        self._loader = loader
+        self._original = loader
         self._finder = finder
 
-    def __getattr__(self, name):
-        return getattr(self._loader, name)
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
+    def __getattr__(self, name):  # create_module and what else a loader may have
+        return getattr(self._original, name)
 
     def exec_module(self, module) -> None:
-        module.__loader__ = module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        with _failure_is_a_warning():
+        module.__loader__ = module.__spec__.loader = self._original
+        self._original.exec_module(module)
+        with _warn_on_failure():
             _register()
-        # last, so that an import that Ctrl-C broke off is caught when it is tried again
-        with _failure_is_a_warning():
+        with _warn_on_failure():  # comes last: after Ctrl-C the finder is still there for the next import
             if self._finder in sys.meta_path:
                 sys.meta_path.remove(self._finder)

@@ -1,29 +1,28 @@
 """ What breaks while the models are registered
 
-A failure of ours never breaks `import torch` or `import timm` and says so in one RuntimeWarning, or one line of the log
-where warnings are errors; Ctrl-C is nobody's failure. Each case is a process of its own, most with small stand-ins for
-torch, which only calls its entry points, for timm, which only has a registry, and for the two modules that register
-the models. --full runs those with the real ones as well.
+A failure of this package never breaks `import torch` or `import timm`. It gives one RuntimeWarning or, where warnings
+are errors, one line in the log. Each case starts new processes, and importing torch and timm takes three CPU seconds.
+So the default run uses small stand-ins (`STAND_INS`) for torch, of which only the call of the entry points matters, for
+timm, of which only the registry matters, and for the two modules that register the models. --full runs every case with
+the real ones instead; tests/test_autoload.py always does.
 """
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 import pytest
-from test_autoload import CHECK, CHECK_UNKNOWN, run_python
+from test_autoload import link_packages
 
-from helpers.common import NAMES
+from helpers.common import FULL, NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = bool(os.environ['TIMM_SEPOOL_FULL_TESTS'])
-FILES = {
+STAND_INS = {
     'torch/__init__.py': """
         import os
         if os.getenv('TORCH_DEVICE_BACKEND_AUTOLOAD', '1') == '1':
@@ -52,269 +51,189 @@ FILES = {
                 warnings.warn(f'Overwriting {fn.__name__} in registry')
             models[fn.__name__] = fn
             return fn
-        def is_model(name):
-            return name in models
-        def create_model(name):
-            return models[name]()
+        is_model = models.__contains__
+        def create_model(name): return models[name]()
         """,
     'timm/models/resnet.py': """
-        from ._registry import register_model
+        from timm.models import register_model
         class ResNet: pass
         @register_model
         def resnet18(): return ResNet()
         """,
-    'timm_sepool/sepool_resnet.py': """
+    'timm_sepool/sepool_resnet.py': f"""
         from timm.layers import get_attn
         from timm.models import register_model
         class SEPoolResNet: pass
-        for name in NAMES:
-            exec(f'def {name}(): return SEPoolResNet()')
+        for name in {NAMES}:
+            exec(f'def {{name}}(): return SEPoolResNet()')
             register_model(globals()[name])
-        """.replace('NAMES', repr(NAMES)),
+        """,
     'timm_sepool/adopted.py': """
         from timm.models import register_model
         @register_model
         def adopted(): pass
         """,
 }
-STAND_IN, REAL = 'stand_in', 'real'
 
-# what a program may ask: which of ours are known, does timm work, is the hook gone
+# put in front of each program
 PRELUDE = f"""
-import importlib, os, signal, sys, threading
+import contextlib, importlib, importlib.machinery, importlib.util, os, sys, threading, warnings
 NAMES = {NAMES}
-def ours():
+def registered():
+    '''Whether the ten networks are registered, and whether `adopted` is. Fails if timm does not work.'''
     import timm
     assert type(timm.create_model('resnet18')).__name__ == 'ResNet'
-    known = [timm.is_model(name) for name in NAMES]
-    assert len(set(known)) == 1, known
-    return known[0], timm.is_model('adopted')
+    networks, = {{timm.is_model(name) for name in NAMES}}
+    return networks, timm.is_model('adopted')
+def is_ours(finder):
+    return type(finder).__module__ == 'timm_sepool._autoload'
 def hooks():
-    return sum(type(f).__module__ == 'timm_sepool._autoload' for f in sys.meta_path)
+    return sum(map(is_ours, sys.meta_path))
+@contextlib.contextmanager
+def raises(*errors):
+    try:
+        yield
+    except errors:
+        return
+    raise AssertionError('not raised')
+class Trap:
+    '''A finder that finds nothing, but calls `action(name)` when one of the modules is looked for.'''
+    def __init__(self, action, *names):
+        self.action, self.names = action, names
+        sys.meta_path.insert(0, self)
+    def find_spec(self, name, path=None, target=None):
+        if name in self.names:
+            self.action(name)
+def throw(error):
+    raise error
 """
-KNOWN = """
-assert ours() == (True, True), ours()
+REGISTERED = """
+assert registered() == (True, True), registered()
 assert not hooks(), sys.meta_path
 """
+NOT_REGISTERED = 'assert registered() == (False, False), registered()'
+# timm modules that were imported before register their models a second time, and timm warns of it
+TIMM_AGAIN = "if 'torch.nn' in sys.modules: warnings.simplefilter('ignore')"
+AUTOLOAD_OFF = dict(TORCH_DEVICE_BACKEND_AUTOLOAD='0')
 
 
 class Tree:
-    """An installed copy of the package and all it needs, in a folder, to break it."""
+    """The package and all it needs, installed in a folder where a test may break it."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.kind = folder, kind
-        shutil.copytree(ROOT / 'timm_sepool', folder / 'timm_sepool', ignore=shutil.ignore_patterns('__pycache__'))
-        info = folder / 'timm_sepool-1.0.dist-info'
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.package = folder / 'timm_sepool'
+        shutil.copytree(ROOT / 'timm_sepool', self.package, ignore=shutil.ignore_patterns('__pycache__'))
+        self.add_entry_point('timm_sepool', 'timm_sepool._autoload:install')
+        if FULL:
+            link_packages(folder)
+        else:
+            for name, text in STAND_INS.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(textwrap.dedent(text))
+
+    def add_entry_point(self, name: str, target: str) -> None:
+        info = self.folder / f'{name}-1.0.dist-info'
         info.mkdir()
-        (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: timm_sepool\nVersion: 1.0\n')
-        (info / 'entry_points.txt').write_text('[torch.backends]\ntimm_sepool = timm_sepool._autoload:install\n')
-        if kind == STAND_IN:
-            for name, text in FILES.items():
-                self.write(name, text)
-        else:  # all that is installed here but this project
-            for entry in Path(sysconfig.get_path('purelib')).iterdir():
-                if 'timm_sepool' not in entry.name:
-                    (folder / entry.name).symlink_to(entry)
+        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n')
+        (info / 'entry_points.txt').write_text(f'[torch.backends]\n{name} = {target}\n')
 
-    def write(self, name: str, text: str) -> None:
-        file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(textwrap.dedent(text).lstrip())
-
-    def own(self, name: str) -> None:
-        """Have a copy of one package that may be changed."""
-        package = self.folder / name
-        if package.is_symlink():
-            target = package.resolve()
-            package.unlink()
-            shutil.copytree(target, package)
-
-    def run(
-            self,
-            *code: str,
-            flags: Sequence[str] = (),
-            env: Dict[str, str] = {},  # noqa: B006
-            prelude: bool = True,
-    ) -> subprocess.CompletedProcess:
-        """Run code without site-packages, so that nothing but the tree is found."""
-        program = '\n'.join(textwrap.dedent(c) for c in ((PRELUDE if prelude else ''), *code))
+    def run(self, *code: str, flags: Sequence[str] = (), env: Dict[str, str] = {}):  # noqa: B006
+        """Run code that finds nothing but Python itself and the tree."""
+        program = '\n'.join(textwrap.dedent(c) for c in (PRELUDE, *code))
         environ = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TORCH_DEVICE_BACKEND'))}
         environ.update(PYTHONPATH=str(self.folder), PYTHONDONTWRITEBYTECODE='1')
         if '-I' in flags:
             program = f'import sys; sys.path.insert(0, {str(self.folder)!r})\n{program}'
         return subprocess.run(
             [sys.executable, '-S', *flags, '-c', program], cwd=self.folder.parent, env={**environ, **env},
-            capture_output=True, text=True, timeout=120)
+            capture_output=True, text=True, timeout=300)
 
-    def quiet(self, *code: str, **kwargs) -> None:
-        """Run code that succeeds, under -W error, and prints nothing on stderr."""
-        result = self.run(*code, **{'flags': ('-W', 'error'), **kwargs})
+    def quiet(self, *code: str, flags: Sequence[str] = ('-W', 'error'), **kwargs) -> None:
+        """Run code that succeeds and prints nothing on stderr."""
+        result = self.run(*code, flags=flags, **kwargs)
         assert (result.returncode, result.stderr) == (0, ''), result.stderr
 
     def warns(self, *code: str, message: str = '') -> None:
-        """Run code that succeeds with one warning, and under -W error with one line of the log."""
+        """Run code that succeeds with one warning and, under -W error, with one line in the log."""
+        start = 'timm_sepool could not register its models: '
         for flags in ((), ('-W', 'error')):
             result = self.run(*code, flags=flags)
             assert result.returncode == 0, result.stderr
-            said = 'timm_sepool could not register its models, timm works without them: '
-            assert result.stderr.count(said) == 1 and message in result.stderr, result.stderr
+            assert result.stderr.count(start) == 1 and message in result.stderr, result.stderr
             assert result.stderr.count('Warning: ') == (0 if flags else 1) and 'Traceback' not in result.stderr
-            assert flags or f'RuntimeWarning: {said}' in result.stderr
+            assert flags or f'RuntimeWarning: {start}' in result.stderr
 
 
-@pytest.fixture(params=[STAND_IN, REAL] if FULL else [STAND_IN])
-def tree(request, tmp_path: Path) -> Tree:
-    return Tree(tmp_path / 'site', request.param)
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / 'site')
 
 
-# --- our own files
+# --- files of this package
 
-FAULTS = {
+FAULTS: Dict[str, Tuple] = {  # content of the file, part of the message
     'missing': (None, 'ModuleNotFoundError: '),
-    'syntax_error': ('def f(:\n', 'SyntaxError: '),
-    'null_bytes': ('x = 1\0\n', ''),
+    'syntax_error': (b'def f(:\n', 'SyntaxError: '),
+    'null_bytes': (b'x = 1\0\n', ''),
     'not_utf8': (b'x = "\xff\xfe"\n', ''),
-    'import_error': ('raise ImportError("no such name")', 'ImportError: no such name'),
-    'system_exit': ('raise SystemExit(3)', 'SystemExit: 3'),
-    'recursion_error': ('def f(): f()\nf()', 'RecursionError: '),
-    'memory_error': ('raise MemoryError', 'MemoryError: '),
-    'os_error': ('raise OSError("disk on fire")', 'OSError: disk on fire'),
+    'import_error': (b'raise ImportError("no such name")', 'ImportError: no such name'),
+    'system_exit': (b'raise SystemExit(3)', 'SystemExit: 3'),
+    'recursion_error': (b'def f(): f()\nf()', 'RecursionError: '),
+    'memory_error': (b'raise MemoryError', 'MemoryError: '),
+    'timm_too_old': (b'from timm.layers import get_new', "cannot import name 'get_new' from 'timm.layers'"),
+    'os_error': (b'raise OSError("disk on fire")', 'OSError: disk on fire'),
 }
 
 
-def damage(file: Path, content) -> None:
-    if content is None:
-        file.unlink()
-    else:
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-@pytest.mark.parametrize('first', ['timm', 'torch', 'timm_sepool'])
-@pytest.mark.parametrize('fault', FAULTS)
-def test_broken_module(tree: Tree, fault: str, first: str) -> None:
-    """sepool_resnet.py, where the ten networks are."""
+@pytest.mark.parametrize('file, fault, first', [
+    *(('sepool_resnet', fault, 'timm') for fault in FAULTS),
+    ('sepool_resnet', 'missing', 'torch'), ('sepool_resnet', 'missing', 'timm_sepool'),
+    *(('adopted', fault, 'timm') for fault in ('missing', 'syntax_error', 'system_exit')),
+])
+def test_broken_module(tree: Tree, file: str, fault: str, first: str) -> None:
+    """Without sepool_resnet.py nothing is registered, without adopted.py the ten networks are."""
     content, message = FAULTS[fault]
-    damage(tree.folder / 'timm_sepool' / 'sepool_resnet.py', content)
-    tree.warns(f'import {first}', 'assert ours() == (False, False) and not hooks()', message=message)
-
-
-@pytest.mark.parametrize('fault', ['missing', 'syntax_error', 'system_exit'])
-def test_broken_adopted(tree: Tree, fault: str) -> None:
-    """adopted.py alone: the ten networks are registered."""
-    content, message = FAULTS[fault]
-    damage(tree.folder / 'timm_sepool' / 'adopted.py', content)
-    tree.warns('assert ours() == (True, False) and not hooks()', message=message)
-
-
-def test_keyboard_interrupt(tree: Tree) -> None:
-    """Ctrl-C breaks off the import, as it would without us; the next one registers the models."""
-    flag = tree.folder / 'flag'
-    file = tree.folder / 'timm_sepool' / 'sepool_resnet.py'
-    interrupt = f'import os\nif not os.path.exists({str(flag)!r}):\n    raise KeyboardInterrupt\n'
-    file.write_text(interrupt + file.read_text())
-    tree.quiet(f"""
-    try:
-        import timm
-    except KeyboardInterrupt:
-        open({str(flag)!r}, 'w').close()
-    else:
-        assert False
-    if 'torch.nn' in sys.modules:  # timm's own modules are known then, and timm says so
-        import warnings
-        warnings.simplefilter('ignore')
-    """, KNOWN)
+    path = tree.package / f'{file}.py'
+    path.unlink() if content is None else path.write_bytes(content)
+    check = f'assert registered() == ({file == "adopted"}, False) and not hooks()'
+    tree.warns(f'import {first}', check, message=message)
 
 
 @pytest.mark.parametrize('keep', [[], ['__init__.py']], ids=['package', '_autoload'])
 def test_removed_package(tree: Tree, keep: List[str]) -> None:
-    """Its dist-info stays, so torch looks for it: torch's error names the package, and its switch works."""
-    for file in (tree.folder / 'timm_sepool').iterdir():
+    """torch fails if the files are gone and the dist-info stays: its error names the package, and its switch works."""
+    for file in tree.package.iterdir():
         if file.name not in keep:
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     if not keep:
-        (tree.folder / 'timm_sepool').rmdir()
+        tree.package.rmdir()
     result = tree.run('import torch')
     assert result.returncode == 1
     assert 'RuntimeError: Failed to load the backend extension: timm_sepool' in result.stderr
     assert "No module named 'timm_sepool" in result.stderr
-    tree.quiet('assert ours() == (False, False)', env=dict(TORCH_DEVICE_BACKEND_AUTOLOAD='0'))
+    tree.quiet(NOT_REGISTERED, env=AUTOLOAD_OFF)
 
 
-# --- timm and torch
+# --- timm
 
 def test_timm_missing(tree: Tree) -> None:
-    (tree.folder / 'timm').unlink() if tree.kind == REAL else shutil.rmtree(tree.folder / 'timm')
+    (tree.folder / 'timm').unlink() if FULL else shutil.rmtree(tree.folder / 'timm')
     tree.quiet("""
     import torch, timm_sepool
     for module in ('timm', 'timm.models', 'timm_sepool.sepool_resnet'):
-        try:
+        with raises(ModuleNotFoundError):
             importlib.import_module(module)
-        except ModuleNotFoundError as e:
-            assert e.name == 'timm', e
-        else:
-            assert False
     """)
 
 
-@pytest.mark.parametrize('tree', [STAND_IN], indirect=True)  # timm needs the name itself
-def test_timm_too_old(tree: Tree) -> None:
-    """A name that we need is missing."""
-    tree.own('timm')
-    layers = tree.folder / 'timm' / 'layers.py'
-    layers.write_text(layers.read_text().replace('get_attn', 'get_attn_1'))
-    tree.warns('assert ours() == (False, False)', message="cannot import name 'get_attn' from 'timm.layers'")
-
-
-@pytest.mark.parametrize('error', ['ImportError("half")', 'KeyboardInterrupt', 'MemoryError'])
-def test_timm_half_imported(tree: Tree, error: str) -> None:
-    """The import of timm.models fails in the middle and is tried again."""
-    module = 'timm.models.resnet'
-    tree.quiet(f"""
-    class Broken:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname == {module!r}:
-                raise {error}
+def test_timm_stubbed(tree: Tree) -> None:
+    """timm is a mock without a spec, as in builds of documentation."""
+    tree.warns("""
+    from unittest import mock
+    sys.modules['timm'] = sys.modules['timm.models'] = mock.MagicMock()
     import torch
-    sys.meta_path.insert(0, Broken())
-    try:
-        import timm
-    except BaseException as e:
-        assert type(e).__name__ == {error!r}.split('(')[0], repr(e)
-    else:
-        assert False
-    assert 'timm.models' not in sys.modules and hooks() == 1
-    del sys.meta_path[0]
-    if 'torch.nn' in sys.modules:  # timm's modules that were imported before register their models again
-        import warnings
-        warnings.simplefilter('ignore')
-    """, KNOWN)
-
-
-def test_timm_first(tree: Tree) -> None:
-    """timm.models is there when torch calls its entry points."""
-    tree.quiet("""
-    import torch, timm_sepool
-    sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != 'timm_sepool._autoload']
-    import timm
-    assert not timm.is_model(NAMES[0])
-    timm_sepool._install()
-    """, KNOWN)
-
-
-def test_timm_barred(tree: Tree) -> None:
-    """sys.modules['timm.models'] = None."""
-    tree.quiet("""
-    import torch
-    sys.modules['timm.models'] = None
-    try:
-        import timm
-    except ModuleNotFoundError:
-        pass
-    else:
-        assert False
-    assert hooks() == 1
-    del sys.modules['timm.models']
-    """, KNOWN)
+    """)
 
 
 # --- the import system
@@ -324,19 +243,15 @@ HOOKS = {
         class Loader:
             def __init__(self, loader): self.loader = loader
             def __getattr__(self, name): return getattr(self.loader, name)
-            def create_module(self, spec): return self.loader.create_module(spec)
-            def exec_module(self, module): self.loader.exec_module(module)
         class Hook:
             def find_spec(self, fullname, path=None, target=None):
-                finders = [f for f in sys.meta_path if f is not self]
-                for finder in finders:
+                for finder in [f for f in sys.meta_path if f is not self]:
                     if spec := finder.find_spec(fullname, path, target):
                         if spec.loader and fullname.startswith('timm.'):
                             spec.loader = Loader(spec.loader)
                         return spec
         """,
     'lazy_loader': """
-        import importlib.util
         class Hook:
             def find_spec(self, fullname, path=None, target=None):
                 if fullname != 'timm.models':
@@ -348,183 +263,204 @@ HOOKS = {
         """,
     'legacy_find_module': """
         class Hook:
-            def find_module(self, fullname, path=None): return None
+            def find_module(self, fullname, path=None): pass
         """,
     'returns_none': """
         class Hook:
-            def find_spec(self, fullname, path=None, target=None): return None
+            def find_spec(self, fullname, path=None, target=None): pass
+        """,
+    'raises': """
+        class Hook:
+            def find_spec(self, fullname, path=None, target=None):
+                if fullname == 'timm.models': raise ZeroDivisionError('hook')
         """,
 }
 
 
-@pytest.mark.parametrize('place', ['in_front', 'behind'])
+@pytest.mark.parametrize('in_front', [True, False], ids=['in_front', 'behind'])
 @pytest.mark.parametrize('hook', HOOKS)
-def test_import_hook(tree: Tree, hook: str, place: str) -> None:
+def test_import_hook(tree: Tree, hook: str, in_front: bool) -> None:
     """An import hook of another package, in front of ours or behind it."""
     insert = 'sys.meta_path.insert(0, Hook())'
-    code = ('import torch', insert) if place == 'in_front' else (insert, 'import timm_sepool, torch')
-    flags = ('-W', 'error', '-W', 'ignore::ImportWarning')  # Python's own, of finders without find_spec
-    tree.quiet(HOOKS[hook], *code, 'ours()', KNOWN, flags=flags)
-
-
-def test_import_hook_asks_nobody(tree: Tree) -> None:
-    """One in front of ours that finds timm itself: ours is never asked, timm works, an import registers the models."""
-    tree.quiet("""
-    import importlib.machinery, torch
-    class Hook:
-        find_spec = importlib.machinery.PathFinder.find_spec
-    sys.meta_path.insert(0, Hook())
-    assert ours() == (False, False)
-    import timm_sepool.sepool_resnet, timm_sepool.adopted
-    assert ours() == (True, True)
-    """)
-
-
-@pytest.mark.parametrize('place', ['in_front', 'behind'])
-def test_import_hook_raises(tree: Tree, place: str) -> None:
-    """Its error is the one that is seen, and the models are known once it is gone."""
-    insert = 'sys.meta_path.insert(0, Hook())'
-    code = ('import torch', insert) if place == 'in_front' else (insert, 'import timm_sepool, torch')
-    tree.quiet("""
-    class Hook:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname == 'timm.models':
-                raise ZeroDivisionError('hook')
-    """, *code, """
-    try:
-        import timm
-    except ZeroDivisionError:
-        pass
-    else:
-        assert False
+    code = ('import torch', insert) if in_front else (insert, 'import timm_sepool, torch')
+    # its error is the one that is seen, and the models are registered once it is gone
+    error = """
+    with raises(ZeroDivisionError): import timm
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, Hook)]
-    """, KNOWN)
+    """ if hook == 'raises' else ''
+    flags = ('-W', 'error', '-W', 'ignore::ImportWarning')  # Python's own, of finders without find_spec
+    tree.quiet(HOOKS[hook], *code, error, 'registered()', REGISTERED, flags=flags)
 
 
-def test_loader_without_exec_module(tree: Tree) -> None:
-    """A loader of the old kind is left alone: timm works."""
-    result = tree.run("""
-    import importlib.machinery, importlib.util
-    class Loader:
-        def __init__(self, spec): self.spec = spec
-        def load_module(self, name):
-            module = sys.modules[name] = importlib.util.module_from_spec(self.spec)
-            self.spec.loader.exec_module(module)
-            return module
-    class Hook:
+@pytest.mark.parametrize('finders', [
+    ['other_addon', 'timm_sepool._autoload'], ['timm_sepool._autoload', 'other_addon']], ids=lambda f: f'{f[0]}_first')
+def test_other_addon(tree: Tree, finders: List[str]) -> None:
+    """Another package that registers models in the same way, whichever of the two finders asks the other."""
+    (tree.folder / 'other_addon.py').write_text(textwrap.dedent("""
+    import importlib.util
+    import sys
+
+    class Finder:
+        searching = False
+
         def find_spec(self, fullname, path=None, target=None):
-            if fullname == 'timm.models':
-                spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-                old = importlib.machinery.ModuleSpec(fullname, Loader(spec), is_package=True)
-                return old
+            if fullname != 'timm.models' or self.searching:
+                return None
+            self.searching = True
+            spec = importlib.util.find_spec(fullname)
+            self.searching = False
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), module.register_model(other_addon_net))
+            return spec
+
+    def other_addon_net(pretrained=False, **kwargs):
+        pass
+
+    def install():
+        if not any(isinstance(f, Finder) for f in sys.meta_path):
+            sys.meta_path.insert(0, Finder())
+    """))
+    tree.add_entry_point('other_addon', 'other_addon:install')
+    first = 'import timm_sepool' if finders[0] == 'other_addon' else 'import other_addon; other_addon.install()'
+    tree.quiet(first, f"""
     import torch
-    sys.meta_path.insert(1, Hook())
-    assert ours() == (False, False)
-    import timm_sepool.sepool_resnet, timm_sepool.adopted
-    assert ours() == (True, True)
-    """)
-    assert result.returncode == 0, result.stderr
+    found = [type(f).__module__ for f in sys.meta_path]
+    assert [f for f in found if f in {finders}] == {finders}, found
+    import timm
+    assert timm.is_model('other_addon_net')
+    """, REGISTERED)
 
 
 def test_meta_path_is_a_tuple(tree: Tree) -> None:
-    """Nothing can be put in front or taken away: torch and timm are imported all the same."""
+    """The hook cannot be added or removed: torch and timm can be imported all the same."""
     freeze = 'sys.meta_path = tuple(sys.meta_path)'
-    tree.warns(freeze, 'import torch', 'assert ours() == (False, False)')
-    tree.warns('import torch', freeze, 'assert ours() == (True, True)')
+    tree.warns(freeze, 'import torch', NOT_REGISTERED)
+    tree.warns('import torch', freeze, 'assert registered() == (True, True)')
 
 
-def test_meta_path_is_cleared(tree: Tree) -> None:
-    """And restored; or made anew without us."""
-    tree.quiet("""
-    import torch
-    saved = sys.meta_path[:]
-    sys.meta_path.clear()
-    try:
+
+OFF = "os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'"
+REMOVE_HOOK = 'sys.meta_path[:] = [f for f in sys.meta_path if not is_ours(f)]'
+RELOAD = 'importlib.reload(timm_sepool); importlib.reload(timm_sepool._autoload).install()'
+# Programs that print nothing on stderr, at whose end the models are registered and the hook is gone
+PROGRAMS = {
+    **{f'{error}_in_{module}': f"""
+        # the import of timm.models fails in the middle and is tried again
+        import torch
+        trap = Trap(lambda name: throw({error}('half')), {module!r})
+        with raises({error}): import timm
+        assert 'timm.models' not in sys.modules and hooks() == 1
+        sys.meta_path.remove(trap)
+        {TIMM_AGAIN}
+        """ for module, error in (
+            ('timm.models.resnet', 'ImportError'), ('timm.models.resnet', 'MemoryError'),
+            ('timm.models.resnet', 'KeyboardInterrupt'), ('timm_sepool.sepool_resnet', 'KeyboardInterrupt'))},
+    'timm_imported_before': f"""
+        import torch, timm_sepool
+        {REMOVE_HOOK}
+        {NOT_REGISTERED}
+        timm_sepool._install()
+        """,
+    'timm_barred': """
+        import torch
+        sys.modules['timm.models'] = None
+        with raises(ModuleNotFoundError): import timm
+        assert hooks() == 1
+        del sys.modules['timm.models']
+        """,
+    'hook_asks_nobody': f"""
+        # it finds timm itself, so ours is not asked: timm works, an import of our modules registers the models
+        import torch
+        class Hook:
+            find_spec = importlib.machinery.PathFinder.find_spec
+        sys.meta_path.insert(0, Hook())
+        {NOT_REGISTERED}
+        import timm_sepool.sepool_resnet, timm_sepool.adopted
+        {REMOVE_HOOK}
+        """,
+    'loader_without_exec_module': f"""
+        # of the old kind, it is left alone: timm works
+        warnings.simplefilter('ignore')
+        class Loader:
+            def __init__(self, spec): self.spec = spec
+            def load_module(self, name):
+                module = sys.modules[name] = importlib.util.module_from_spec(self.spec)
+                self.spec.loader.exec_module(module)
+                return module
+        class Hook:
+            def find_spec(self, fullname, path=None, target=None):
+                if fullname == 'timm.models':
+                    spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+                    return importlib.machinery.ModuleSpec(fullname, Loader(spec), is_package=True)
+        import torch
+        sys.meta_path.insert(1, Hook())
+        {NOT_REGISTERED}
+        import timm_sepool.sepool_resnet, timm_sepool.adopted
+        {REMOVE_HOOK}
+        """,
+    'meta_path_cleared': """
+        import torch
+        saved = sys.meta_path[:]
+        sys.meta_path.clear()
+        with raises(ImportError, ImportWarning): import timm
+        sys.meta_path[:] = saved
+        """,
+    'unpickled': """
+        # a class of ours is the first thing that is imported
+        import pickle
+        assert pickle.loads(b'ctimm_sepool.sepool_resnet\\nSEPoolResNet\\n.').__name__ == 'SEPoolResNet'
+        """,
+    'autoload_off': f"""
+        {OFF}
+        {NOT_REGISTERED}
+        import timm_sepool
+        """,
+    'autoload_off_ours_first': f"""
+        {OFF}
+        import timm_sepool
+        """,
+    'installed_and_reloaded_often': f"""
+        import torch, timm_sepool
+        timm_sepool._install()
+        assert hooks() == 1
+        {RELOAD}
         import timm
-    except (ImportError, ImportWarning):
-        pass
-    else:
-        assert False
-    sys.meta_path[:] = saved
-    """, KNOWN)
-    tree.quiet("""
-    import torch
-    sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != 'timm_sepool._autoload']
-    assert ours() == (False, False)
-    from timm_sepool._autoload import install
-    install()
-    """, KNOWN)
-
-
-def test_reload(tree: Tree) -> None:
-    """Of everything, in the middle and afterwards."""
-    tree.quiet("""
-    import torch, timm_sepool
-    importlib.reload(timm_sepool)
-    importlib.reload(timm_sepool._autoload).install()
-    ours()
-    """, """
-    import timm
-    entry = [timm.create_model, timm.models]
-    importlib.reload(timm.models)
-    importlib.reload(timm)
-    importlib.reload(timm_sepool._autoload).install()
-    importlib.reload(timm_sepool)
-    """, 'assert ours() == (True, True)')
-
-
-def test_zip(tree: Tree, tmp_path: Path) -> None:
-    """The package in a zip archive."""
-    archive = tmp_path / 'timm_sepool.zip'
-    with zipfile.ZipFile(archive, 'w') as f:
-        for file in (tree.folder / 'timm_sepool').glob('*.py'):
-            f.write(file, f'timm_sepool/{file.name}')
-    shutil.rmtree(tree.folder / 'timm_sepool')
-    tree.quiet(f'sys.path.insert(0, {str(archive)!r})', KNOWN, f"""
-    import timm_sepool.adopted
-    assert timm_sepool.adopted.__file__.startswith({str(archive)!r})
-    """)
-
-
-# --- the interpreter
-
-@pytest.mark.parametrize('flags', ['-I', '-O', '-OO', '-B', '-X importtime', '-X dev'])
-def test_interpreter_flags(tree: Tree, flags: str) -> None:
-    check = 'if ours() != (True, True) or hooks(): raise SystemExit(1)'  # -O takes assert away
-    result = tree.run('import timm', check, flags=flags.split())
-    assert result.returncode == 0 and 'Warning' not in result.stderr and 'Error' not in result.stderr, result.stderr
-
-
-def test_read_only_installation(tree: Tree) -> None:
-    """No byte code can be written, as another user than root."""
-    root = os.geteuid() == 0
-    if root and tree.kind == REAL:
-        pytest.skip('root may have a Python that no other user can read')
-    with TemporaryDirectory() as temporary:
-        if root:
-            Path(temporary).chmod(0o755)  # pytest's folders are for their owner only
-            tree = Tree(Path(temporary) / 'site', tree.kind)
-        folders = [p for p in (tree.folder, *tree.folder.rglob('*')) if p.is_dir() and not p.is_symlink()]
-        for folder in folders:
-            folder.chmod(0o555)
-        # first what of Python itself that user may be unable to read
-        load = 'import importlib.metadata, logging\nimportlib.metadata.entry_points()'
-        drop = f'{load}\nos.setuid(65534)' if root else ''
-        tree.quiet(drop, 'sys.dont_write_bytecode = False', 'import timm', KNOWN, prelude=True)
-        assert not list((tree.folder / 'timm_sepool').glob('__pycache__'))
-        for folder in folders:
-            folder.chmod(0o755)
-
-
-@pytest.mark.parametrize('number', [2, 8])
-def test_threads_at_once(tree: Tree, number: int) -> None:
-    """Threads import torch, timm and our package at the same time, each in another order."""
-    orders = 6 if tree.kind == STAND_IN else 1
-    for shift in range(orders):
-        tree.quiet(f"""
+        function = vars(sys.modules['timm_sepool.sepool_resnet'])[NAMES[0]]
+        timm_sepool._install()
+        importlib.reload(timm.models)
+        importlib.reload(timm)
+        {RELOAD}
+        import timm_sepool.sepool_resnet
+        assert getattr(timm_sepool.sepool_resnet, NAMES[0]) is function
+        """,
+    **{f'thread_imports_{module}': f"""
+        # while timm is half-imported: it waits for timm.models, which waits for it
+        import time
+        {'' if autoload else OFF}
+        threads = []
+        def start(name):
+            threads.append(threading.Thread(target=importlib.import_module, args=({module!r},), daemon=True))
+            threads[0].start()
+            time.sleep(0.5)
+        Trap(start, 'timm.models.resnet')
+        import timm
+        threads[0].join(60)
+        assert not threads[0].is_alive() and {module!r} in sys.modules
+        """ for module, autoload in (('timm_sepool.sepool_resnet', True), ('timm_sepool', False))},
+    'deadlock_of_threads': f"""
+        # Python found another thread that imports our modules and waits for timm.models: it will register the models
+        from importlib._bootstrap import _DeadlockError
+        import torch
+        trap = Trap(lambda name: throw(_DeadlockError()), 'timm_sepool.sepool_resnet', 'timm_sepool.adopted')
+        {NOT_REGISTERED}
+        sys.meta_path.remove(trap)
+        import timm_sepool.sepool_resnet, timm_sepool.adopted
+        """,
+    **{f'{number}_threads_{shift}': f"""
+        # they import torch, timm and our package at the same time, each in another order
         import itertools
         sys.setswitchinterval(1e-6)
-        # no submodules: Python may find a deadlock between the import of one and of its package, whatever they hold
+        # no submodules: Python may report a deadlock between the import of one and of its package
         orders = list(itertools.permutations(['torch', 'timm', 'timm_sepool']))[{shift}:]
         barrier, errors = threading.Barrier({number}), []
         def work(order):
@@ -540,204 +476,56 @@ def test_threads_at_once(tree: Tree, number: int) -> None:
         for thread in threads:
             thread.join()
         assert not errors, errors
-        """, KNOWN)
+        """ for number in (2, 8) for shift in (0, 2, 4)},
+}
 
 
-def test_deadlock_of_threads(tree: Tree) -> None:
-    """Python found another thread that imports our module and waits for timm.models: that one registers the models."""
-    tree.quiet("""
-    from importlib._bootstrap import _DeadlockError
-    class Other:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname in ('timm_sepool.sepool_resnet', 'timm_sepool.adopted'):
-                raise _DeadlockError
-    import torch
-    sys.meta_path.insert(0, Other())
-    import timm
-    del sys.meta_path[0]
-    assert ours() == (False, False)
-    import timm_sepool.sepool_resnet, timm_sepool.adopted
-    """, KNOWN)
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_program(tree: Tree, program: str) -> None:
+    tree.quiet(PROGRAMS[program], REGISTERED)
 
 
-@pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])
-def test_child_process(tree: Tree, method: str) -> None:
-    """Of a parent that has imported torch, but not timm."""
-    check = 'def check():\n    assert ours() == (True, True) and not hooks()\n'
-    (tree.folder / 'child.py').write_text(f'{PRELUDE}\n{check}')
-    tree.quiet(f"""
-    import multiprocessing
-    import torch, child
-    process = multiprocessing.get_context({method!r}).Process(target=child.check)
-    process.start()
-    process.join(100)
-    assert process.exitcode == 0 and hooks() == 1
+# --- the interpreter
+
+def test_zip(tree: Tree, tmp_path: Path) -> None:
+    archive = tmp_path / 'timm_sepool.zip'
+    with zipfile.ZipFile(archive, 'w') as f:
+        for file in tree.package.glob('*.py'):
+            f.write(file, f'timm_sepool/{file.name}')
+    shutil.rmtree(tree.package)
+    tree.quiet(f'sys.path.insert(0, {str(archive)!r})', REGISTERED, f"""
+    import timm_sepool.adopted
+    assert timm_sepool.adopted.__file__.startswith({str(archive)!r})
     """)
 
 
-def test_pickle(tree: Tree, tmp_path: Path) -> None:
-    """A pickled model into a process that has imported nothing."""
-    file = tmp_path / 'net.pkl'
-    tree.quiet(f"""
-    import pickle, timm
-    with open({str(file)!r}, 'wb') as f:
-        pickle.dump(timm.create_model(NAMES[0]), f)
-    """)
-    tree.quiet(f"""
-    import pickle
-    with open({str(file)!r}, 'rb') as f:
-        assert type(pickle.load(f)).__name__ == 'SEPoolResNet'
-    """, KNOWN)
+@pytest.mark.parametrize('flags', ['-I', '-O', '-OO', '-B', '-X importtime', '-X dev'])
+def test_interpreter_flags(tree: Tree, flags: str) -> None:
+    check = 'if registered() != (True, True) or hooks(): raise SystemExit(1)'  # -O removes assert
+    result = tree.run(check, flags=flags.split())
+    assert result.returncode == 0 and 'Warning' not in result.stderr and 'Error' not in result.stderr, result.stderr
+
+
+def test_read_only_installation(tree: Tree) -> None:
+    """A user other than root, who cannot write byte code."""
+    root = os.geteuid() == 0
+    if root and FULL:
+        pytest.skip('root may have a Python that no other user can read')
+    with TemporaryDirectory() as temporary:
+        if root:
+            Path(temporary).chmod(0o755)  # only their owner can read pytest's folders
+            tree = Tree(Path(temporary) / 'site')
+        folders = [p for p in (tree.folder, *tree.folder.rglob('*')) if p.is_dir() and not p.is_symlink()]
+        for folder in folders:
+            folder.chmod(0o555)
+        # that user may be unable to read Python itself, so this much of it is loaded before
+        load = 'import importlib.metadata, logging\nimportlib.metadata.entry_points()'
+        tree.quiet(f'{load}\nos.setuid(65534)' if root else '', 'sys.dont_write_bytecode = False', REGISTERED)
+        assert not list(tree.package.glob('__pycache__'))
+        for folder in folders:
+            folder.chmod(0o755)
 
 
 def test_import_at_exit(tree: Tree) -> None:
-    tree.quiet("""
-    import atexit, torch
-    def late():
-        try:
-            assert ours() == (True, True) and not hooks()
-        except BaseException as e:
-            print(repr(e), file=sys.stderr, flush=True)
-    atexit.register(late)
-    """)
-
-
-# --- with the real torch and timm
-
-def test_autoload_off(tmp_path: Path) -> None:
-    """TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches us off, `import timm_sepool` on again."""
-    assert run_python(CHECK_UNKNOWN, 'import timm_sepool', CHECK, cwd=tmp_path, autoload=False) == ''
-    assert run_python('import timm_sepool', CHECK, cwd=tmp_path, autoload=False) == ''
-
-
-@pytest.mark.parametrize('imports, autoload', [
-    # the second waits for timm.models, which waits for it
-    ({'timm.layers.activations': 'timm_sepool.squeeze', 'timm.models.vgg': 'timm_sepool.sepool_resnet'}, True),
-    # too late for a hook on timm.models
-    ({'timm.models.vgg': 'timm_sepool.squeeze'}, False),
-], ids=['autoload', 'no_autoload'])
-def test_threads(imports: Dict[str, str], autoload: bool, tmp_path: Path) -> None:
-    """Other threads may import our modules while timm is half-imported."""
-    code = f"""
-    import importlib
-    import sys
-    import threading
-    import time
-
-    threads = {{
-        name: threading.Thread(target=importlib.import_module, args=(module,), daemon=True)
-        for name, module in {imports}.items()
-    }}
-
-    class Trap:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname in threads:
-                threads[fullname].start()
-                time.sleep(0.5)  # until it waits for timm
-
-    sys.meta_path.insert(0, Trap())
-    import timm
-    for thread in threads.values():
-        thread.join(60)
-        assert not thread.is_alive()
-    assert all(module in sys.modules for module in {imports}.values())
-    """
-    assert run_python(code, CHECK, cwd=tmp_path, autoload=autoload) == ''
-
-
-# a meta path finder that breaks the registration
-BREAK = """
-import sys
-
-class Broken:
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname == 'timm_sepool.sepool_resnet':
-            raise OSError('disk on fire')
-
-sys.meta_path.insert(0, Broken())
-"""
-
-
-def test_failure_is_one_warning(tmp_path: Path) -> None:
-    code = """
-    import torch
-    import timm
-    import timm_sepool
-    assert type(timm.create_model('resnet18')).__name__ == 'ResNet'
-    """
-    stderr = run_python(BREAK, code, CHECK_UNKNOWN, cwd=tmp_path, flags=())
-    assert stderr.count('Warning') == 1
-    assert 'RuntimeWarning: timm_sepool could not register its models' in stderr
-    assert 'OSError: disk on fire' in stderr
-
-    # where the warning would be an error, it is logged
-    stderr = run_python(BREAK, code, CHECK_UNKNOWN, cwd=tmp_path)
-    assert 'Warning' not in stderr and 'Traceback' not in stderr
-    assert stderr.count('timm_sepool could not register its models') == 1
-    assert 'OSError: disk on fire' in stderr
-
-
-def test_stubbed_timm(tmp_path: Path) -> None:
-    """`import torch` works where timm is a stand-in without a spec, as in builds of documentation."""
-    code = """
-    import sys
-    from unittest import mock
-    sys.modules['timm'] = sys.modules['timm.models'] = mock.MagicMock()
-    import torch
-    """
-    stderr = run_python(code, cwd=tmp_path, flags=())
-    assert stderr.count('RuntimeWarning: timm_sepool could not register its models') == 1
-
-
-ADDON = """
-import importlib.util
-import sys
-
-class Finder:
-    searching = False
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != 'timm.models' or self.searching:
-            return None
-        self.searching = True
-        spec = importlib.util.find_spec(fullname)
-        self.searching = False
-        exec_module = spec.loader.exec_module
-
-        def exec_and_register(module):
-            exec_module(module)
-            from timm.models import register_model
-            register_model(other_addon_net)
-
-        spec.loader.exec_module = exec_and_register
-        return spec
-
-def other_addon_net(pretrained=False, **kwargs):
-    pass
-
-def install():
-    if not any(isinstance(f, Finder) for f in sys.meta_path):
-        sys.meta_path.insert(0, Finder())
-"""
-
-
-@pytest.mark.parametrize('first, finders', [
-    ('import timm_sepool', ['other_addon', 'timm_sepool._autoload']),
-    ('import other_addon; other_addon.install()', ['timm_sepool._autoload', 'other_addon']),
-], ids=['ours_behind', 'ours_in_front'])
-def test_other_addon(first: str, finders: List[str], tmp_path: Path) -> None:
-    """Another package with the same technique works beside us, whichever of the two finders asks the other."""
-    (tmp_path / 'other_addon.py').write_text(ADDON)
-    info = tmp_path / 'other_addon-1.0.dist-info'
-    info.mkdir()
-    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: other_addon\nVersion: 1.0\n')
-    (info / 'entry_points.txt').write_text('[torch.backends]\nother_addon = other_addon:install\n')
-    code = f"""
-    import sys
-    import torch
-    found = [type(f).__module__ for f in sys.meta_path]
-    assert [f for f in found if f in {finders}] == {finders}, found
-    import timm
-    assert timm.is_model('other_addon_net')
-    """
-    assert run_python(first, code, CHECK, cwd=tmp_path, path=[tmp_path]) == ''
+    """timm is imported by an exit handler."""
+    tree.quiet(f'import atexit, torch\natexit.register(exec, {REGISTERED!r}, globals())')

@@ -13,12 +13,12 @@ import torch
 
 _METHODS = multiprocessing.get_all_start_methods()
 _CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in _METHODS else 'spawn')
-_CONTEXT.set_forkserver_preload(['timm'])  # imported once, the processes are clean otherwise
+_CONTEXT.set_forkserver_preload(['timm'])  # imported once, the processes are new otherwise
 
 
 @dataclass
 class Failed:
-    """How a process ended that has no result: its exit code, and its traceback unless it was killed."""
+    """How a process without a result ended: its exit code, and its traceback unless a signal killed it."""
     exitcode: Optional[int]
     traceback: str
 
@@ -28,22 +28,17 @@ def _main(path: Path, function: Callable, args: tuple) -> None:
     try:
         torch.save(function(*args), path)
     except Exception:
-        path.with_suffix('.txt').write_text(traceback.format_exc())
-        os._exit(1)  # at once, where a process group would wait for its others
+        path.write_text(traceback.format_exc())
+        os._exit(1)  # a process group would wait for its other processes
 
 
 def run_processes(function: Callable, count: int, *args: Any, timeout: float = 300, check: bool = True) -> List[Any]:
-    """Results of `function(rank, *args)` of `count` processes. Whatever still runs after the timeout is killed.
+    """Results of `function(rank, *args)` in `count` processes. Those that still run after `timeout` seconds are killed.
 
-    Args:
-        function: A function that a new process can import.
-        count: Number of processes.
-        *args: Arguments after the rank.
-        timeout: Seconds until the last process has to be done.
-        check: Raise RuntimeError when a process fails, instead of a `Failed` among the results.
+    With `check` a process that fails raises RuntimeError, without it is a `Failed` among the results.
     """
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f'{rank}.pt') for rank in range(count)]
+        paths = [Path(folder, str(rank)) for rank in range(count)]
         processes = [_CONTEXT.Process(target=_main, args=(p, function, (r, *args))) for r, p in enumerate(paths)]
         deadline = time.monotonic() + timeout
         try:
@@ -59,11 +54,9 @@ def run_processes(function: Callable, count: int, *args: Any, timeout: float = 3
                 if process.pid:
                     process.kill()
                     process.join()
-        results = []
-        for process, path in zip(processes, paths):
-            text = path.with_suffix('.txt')
-            failed = Failed(process.exitcode, text.read_text() if text.exists() else '')
-            results.append(failed if process.exitcode else torch.load(path, weights_only=False))
+        results = [
+            Failed(process.exitcode, path.read_text() if process.exitcode == 1 else '') if process.exitcode
+            else torch.load(path, weights_only=False) for process, path in zip(processes, paths)]
     failures = [f'rank {rank}: {r.exitcode}\n{r.traceback}' for rank, r in enumerate(results) if isinstance(r, Failed)]
     if check and failures:
         raise RuntimeError('\n'.join(failures))

@@ -5,7 +5,7 @@ import signal
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 import pytest
 import torch
@@ -29,35 +29,27 @@ NETWORKS = {
     'spse': ('spse_resnet50', TINY),
     'adopted': ('adopted', dict(base='regnety_002', squeeze='rgse')),
 }
-BATCH, STEPS = 4, 4  # over all processes, and the checkpoint is written after half of the steps
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+BATCH, STEPS = 4, 4  # of all processes together; the checkpoint is written after half of the steps
+full = pytest.mark.full
+needs_fsdp = pytest.mark.skipif(fully_shard is None, reason='fully_shard needs torch 2.6 or newer')
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason='this torch is built without gloo')
-long = pytest.mark.skipif(not os.environ['TIMM_SEPOOL_FULL_TESTS'], reason='set --full')
-needs_fsdp = pytest.mark.skipif(fully_shard is None, reason='fully_shard needs torch 2.6 or newer')
 
 
 @contextmanager
-def process_group(folder: Path, rank: int, world: int, backend: str = 'gloo', timeout: float = 120) -> Iterator[None]:
-    """Processes that meet at a file, so that no port can be taken."""
+def process_group(folder: Path, rank: int, world: int, timeout: float = 300) -> Iterator[None]:
+    """Processes that meet at a file, because a port can be in use."""
     store = dist.FileStore(str(folder / 'meeting'), world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-    yield  # after an error nobody waits for the others
+    dist.init_process_group('gloo', store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    yield  # after an error no process waits for the others
     dist.destroy_process_group()
 
 
-def build(
-        network: str,
-        kind: str = 'single',
-        frozen: bool = True,
-        seed: int = 0,
-        device: str = 'cpu',
-        convert: Callable[[nn.Module], nn.Module] = nn.Identity(),
-) -> Tuple[nn.Module, torch.optim.Optimizer]:
-    """A small network in float64 that trains, with the statistics of all norms frozen, and its optimizer."""
+def build(network: str, kind: str = 'single', frozen: bool = True, seed: int = 0) -> Tuple:
+    """A small network in float64, in train mode with the norms' statistics frozen, and its optimizer."""
     name, kwargs = NETWORKS[network]
     torch.manual_seed(seed)
-    model = convert(realistic(timm.create_model(name, num_classes=10, **kwargs))).to(device, torch.float64)
+    model = realistic(timm.create_model(name, num_classes=10, **kwargs)).to(torch.float64)
     if frozen:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -82,20 +74,18 @@ def train_step(
         world: int = 1,
         batch: int = BATCH,
 ) -> torch.Tensor:
-    """Loss of one step on this process's share of the step's images, after it the parameters are updated."""
-    device = next(model.parameters()).device
-    x = images(STEPS * batch, 48, 40, dtype=torch.float64).split(batch)[step][rank::world].to(device)
-    y = torch.arange(batch, device=device)[rank::world] % 10
+    """One step on this process's share of the step's images. Returns the loss."""
+    x = images(STEPS * batch, 48, 40, dtype=torch.float64).split(batch)[step][rank::world]
     optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(x), y)
+    loss = nn.functional.cross_entropy(model(x), torch.arange(batch)[rank::world] % 10)
     loss.backward()
     optimizer.step()
-    return loss.detach().cpu()
+    return loss.detach()
 
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, rank: int = 0, **entries) -> None:
-    """A whole checkpoint at any time: written aside, then renamed."""
-    state = get_state_dict(model, optimizer, options=FULL)
+    """Write a temporary file and rename it, so that the checkpoint is whole at any time."""
+    state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         torch.save(dict(zip(('model', 'optimizer'), state), **entries), path.with_suffix('.tmp'))
         os.replace(path.with_suffix('.tmp'), path)
@@ -107,21 +97,17 @@ def read(path: Path) -> Dict:
     return torch.load(path, weights_only=True)
 
 
-def load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> Dict:
-    checkpoint = read(path)
-    set_state_dict(
-        model, optimizer, model_state_dict=checkpoint['model'], optim_state_dict=checkpoint['optimizer'],
-        options=StateDictOptions(full_state_dict=True))
-    return checkpoint
-
-
 def run_and_resume(folder: Path, network: str, kind: str, source: str, rank: int = 0, world: int = 1) -> List[float]:
-    """Train from the start if source is the kind itself, else from the source's checkpoint, save, return the losses."""
+    """Train from the start if source is the kind itself, else from the source's checkpoint. Save, return the losses."""
     model, optimizer = build(network, kind, seed=0 if source == kind else 1)
     first = 0
     losses = []
     if source != kind:
-        first = load(model, optimizer, folder / f'{source}.pt')['step']
+        checkpoint = read(folder / f'{source}.pt')
+        first = checkpoint['step']
+        set_state_dict(
+            model, optimizer, model_state_dict=checkpoint['model'], optim_state_dict=checkpoint['optimizer'],
+            options=StateDictOptions(full_state_dict=True))
     for step in range(first, STEPS):
         if step == STEPS // 2 and source == kind:
             save(model, optimizer, folder / f'{kind}.pt', rank, step=step)
@@ -134,8 +120,8 @@ def check_same(folder: Path, kind: str, source: str, losses: List[float], expect
     """The losses, and the parameters and momenta in the file, are those of single-process training."""
     torch.testing.assert_close(losses, expected[-len(losses):], rtol=0, atol=1e-10)
     a, b = (read(folder / f'{name}.pt') for name in (f'{kind}-from-{source}', 'single-from-single'))
-    for part in (lambda x: x['model'], lambda x: x['optimizer']['state']):
-        torch.testing.assert_close(part(a), part(b), rtol=0, atol=1e-10)
+    torch.testing.assert_close(a['model'], b['model'], rtol=0, atol=1e-10)
+    torch.testing.assert_close(a['optimizer']['state'], b['optimizer']['state'], rtol=0, atol=1e-10)
     assert a['optimizer']['param_groups'] == b['optimizer']['param_groups']
 
 
@@ -146,14 +132,11 @@ def _train_rank(rank: int, folder: Path, network: str, world: int, runs: List[Tu
 
 @pytest.mark.parametrize('network,kind,world', [
     ('rgse', 'ddp', 2),
-    ('rgse', 'ddp', 4),
-    ('spse', 'ddp', 2),
-    ('spse', 'ddp', 4),
-    ('adopted', 'ddp', 2),
-    pytest.param('rgse', 'fsdp', 2, marks=needs_fsdp),
-    pytest.param('spse', 'fsdp', 2, marks=[needs_fsdp, long]),
-    pytest.param('rgse', 'fsdp', 4, marks=[needs_fsdp, long]),
-    pytest.param('spse', 'fsdp', 4, marks=needs_fsdp),
+    pytest.param('spse', 'fsdp', 2, marks=needs_fsdp),
+    *(pytest.param(*case, marks=full) for case in (
+        ('spse', 'ddp', 2), ('adopted', 'ddp', 2), ('rgse', 'ddp', 4), ('spse', 'ddp', 4))),
+    *(pytest.param(*case, marks=[full, needs_fsdp]) for case in (
+        ('rgse', 'fsdp', 2), ('rgse', 'fsdp', 4), ('spse', 'fsdp', 4))),
 ])
 def test_equals_one_process(tmp_path: Path, network: str, kind: str, world: int) -> None:
     """DDP (no parameter unused) and FSDP2 (squeezes and blocks sharded) with frozen statistics take the same steps as
@@ -172,8 +155,6 @@ def test_equals_one_process(tmp_path: Path, network: str, kind: str, world: int)
     check_same(tmp_path, 'single', kind, run_and_resume(tmp_path, network, 'single', kind), expected)
 
 
-# --- norms that are not frozen
-
 def _train_statistics_rank(rank: int, folder: Path, network: str, world: int) -> Tuple[List, Dict]:
     with process_group(folder, rank, world):
         model, optimizer = build(network, 'ddp', frozen=False)
@@ -184,10 +165,10 @@ def _train_statistics_rank(rank: int, folder: Path, network: str, world: int) ->
         return record, dict(model.module.named_parameters())
 
 
-@pytest.mark.parametrize('network,world', [('rgse', 2), ('spse', 4)])
+@pytest.mark.parametrize('network,world', [('rgse', 2), pytest.param('spse', 4, marks=full)])
 def test_statistics_of_each_process(tmp_path: Path, network: str, world: int) -> None:
-    """What DDP defines: each process normalizes by its own images, gradients are averaged, and each step starts with
-    the running statistics of rank 0."""
+    """Norms that are not frozen do what DDP defines: each process normalizes by its own images, gradients are averaged,
+    and each step starts with the running statistics of rank 0."""
     ranks = run_processes(_train_statistics_rank, world, tmp_path, network, world)
     model, optimizer = build(network, frozen=False)
     for step in range(2):
@@ -204,51 +185,22 @@ def test_statistics_of_each_process(tmp_path: Path, network: str, world: int) ->
         torch.testing.assert_close(params, dict(model.named_parameters()), rtol=0, atol=1e-10)
 
 
-# --- SyncBatchNorm
-
-CONVERTERS = {'torch': nn.SyncBatchNorm.convert_sync_batchnorm, 'timm': convert_sync_batchnorm}
-
-
-@pytest.mark.parametrize('network,converter', [('rgse', 'torch'), ('rgse', 'timm'), ('spse', 'torch'),
-                                               ('spse', 'timm'), ('adopted', 'timm')])
-def test_sync_bn_conversion(network: str, converter: str) -> None:
+@pytest.mark.parametrize('network,convert', [
+    ('rgse', nn.SyncBatchNorm.convert_sync_batchnorm), ('spse', convert_sync_batchnorm),
+    ('adopted', convert_sync_batchnorm)])
+def test_sync_bn_conversion(network: str, convert) -> None:
     """Every norm is converted, the network computes the same and state dicts fit both ways."""
     model = build(network)[0].eval()
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    converted = CONVERTERS[converter](copy.deepcopy(model))
+    converted = convert(copy.deepcopy(model))
     assert [n for n, m in converted.named_modules() if isinstance(m, nn.SyncBatchNorm)] == norms
     assert network == 'adopted' or any(n.endswith('.se.bn') for n in norms)  # adopted squeezes have no norm
     x = images(2, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(converted(x), model(x), rtol=0, atol=1e-12)
-    for source, target in ((model, converted), (converted, model)):
-        other = build(network, seed=1)[0].eval()
-        other = CONVERTERS[converter](other) if target is converted else other
+    for source, other in ((model, convert(build(network, seed=1)[0].eval())), (converted, build(network)[0].eval())):
         other.load_state_dict(source.state_dict())
         torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-12)
 
-
-def _train_sync_bn_rank(rank: int, folder: Path, network: str, converter: str) -> Tuple[List, Dict]:
-    torch.cuda.set_device(rank)
-    with process_group(folder, rank, 2, 'nccl'):
-        model, optimizer = build(
-            network, 'ddp', frozen=False, device=f'cuda:{rank}', convert=CONVERTERS[converter])
-        losses = [train_step(model, optimizer, step, rank, 2) for step in range(2)]
-        return losses, {k: v.cpu() for k, v in model.module.state_dict().items()}
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='SyncBatchNorm trains on GPUs only, here are less than two')
-@pytest.mark.parametrize('network,converter', [('rgse', 'torch'), ('spse', 'timm')])
-def test_sync_bn_training(tmp_path: Path, network: str, converter: str) -> None:
-    """Two processes with synchronized norms train as one process with the global batch."""
-    ranks = run_processes(_train_sync_bn_rank, 2, tmp_path, network, converter)
-    model, optimizer = build(network, frozen=False)
-    losses = [train_step(model, optimizer, step) for step in range(2)]
-    torch.testing.assert_close([sum(x) / 2 for x in zip(*(r[0] for r in ranks))], losses, rtol=0, atol=1e-6)
-    for _, state_dict in ranks:
-        torch.testing.assert_close(state_dict, dict(model.state_dict()), rtol=1e-5, atol=1e-6)
-
-
-# --- a process that dies
 
 def _train_until_lost_rank(rank: int, folder: Path, world: int, how: int, timeout: float) -> None:
     with process_group(folder, rank, world, timeout=timeout):
@@ -260,16 +212,14 @@ def _train_until_lost_rank(rank: int, folder: Path, world: int, how: int, timeou
             save(model, optimizer, folder / 'ddp.pt', rank, step=step + 1)
 
 
-@pytest.mark.parametrize('how', [
-    'SIGKILL',
-    pytest.param('SIGSTOP', marks=long),  # waits for the timeout
-])
+@pytest.mark.parametrize('how', ['SIGKILL', pytest.param('SIGSTOP', marks=full)])  # the second waits for the timeout
 def test_lost_process(tmp_path: Path, how: str) -> None:
     """One of four processes is killed or stopped in the middle of a backward: the others end with an error, and two new
     ones continue from the last checkpoint to the result of undisturbed training."""
     expected = run_and_resume(tmp_path, 'rgse', 'single', 'single')
+    timeout = 300 if how == 'SIGKILL' else 60
     *others, lost = run_processes(
-        _train_until_lost_rank, 4, tmp_path, 4, getattr(signal, how), 30, timeout=120, check=False)
+        _train_until_lost_rank, 4, tmp_path, 4, getattr(signal, how), timeout, timeout=240, check=False)
     assert isinstance(lost, Failed) and lost.exitcode == -signal.SIGKILL  # one that was stopped is killed in the end
     for other in others:
         assert isinstance(other, Failed) and other.exitcode == 1 and 'RuntimeError' in other.traceback

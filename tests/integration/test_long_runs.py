@@ -1,8 +1,4 @@
-""" The same seed gives the same bits, and nothing grows in long runs
-
---full runs ten times as many steps and cycles.
-"""
-import ctypes
+""" The same seed gives the same bits, and nothing grows in long runs (--full: ten times as many steps and cycles) """
 import gc
 import hashlib
 import json
@@ -10,22 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict
 
 import pytest
 import torch
-from torch import nn
 
 import timm
-from helpers.common import TINY, images, training_step
+from helpers.common import FULL, TINY, images, training_step
 from helpers.processes import run_processes
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
 TESTS = Path(__file__).parents[1]
-MORE = 10 if os.environ['TIMM_SEPOOL_FULL_TESTS'] else 1
-
-
-# --- determinism
 
 CASES = {
     'plain': {},
@@ -45,7 +36,7 @@ def digest(name: str, case: str, seed: int = 0) -> str:
     model = model.to(memory_format=memory_format).train()
     model.set_grad_checkpointing(case == 'checkpointing')
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sizes = [(64, 64), (40, 56), (97, 33)]  # grids tile the maps, or cells overlap
+    sizes = [(64, 64), (40, 56), (97, 33)]  # the pooling windows tile the maps, or overlap
     for size in sizes:
         loss, grads = training_step(model, images(4, *size).to(memory_format=memory_format))
         for n, p in model.named_parameters():
@@ -67,33 +58,25 @@ def digests() -> Dict[str, str]:
 
 
 def test_same_seed_same_bits() -> None:
-    """Construction, training and inference, in this process and in two new ones that order sets differently."""
-    code = 'import json, torch, test_long_runs; torch.set_num_threads(1); print(json.dumps(test_long_runs.digests()))'
+    """Construction, training and inference, in this process and in a new one with other hashes of strings."""
+    code = (
+        'import json, torch; from integration.test_long_runs import digests; torch.set_num_threads(1)\n'
+        'print(json.dumps(digests()))')
     path = os.pathsep.join(p for p in (str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH')) if p)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, 'PYTHONHASHSEED': hash_seed, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'})
-        for hash_seed in '12']
+    env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '1'}
     expected = digests()
-    try:
-        for process in processes:
-            stdout, stderr = process.communicate(timeout=300)
-            assert process.returncode == 0, stderr[-3000:]
-            assert json.loads(stdout) == expected
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == expected
     assert digest(FAMILIES[0], 'plain', seed=1) != expected[f'{FAMILIES[0]}-plain']
     for name in FAMILIES:
         assert len({expected[f'{name}-{case}'] for case in ('plain', 'drop_path', 'drop_block')}) == 3
 
 
-@pytest.mark.parametrize('case', ['plain', 'channels_last'])
+@pytest.mark.parametrize('case', ['plain', pytest.param('channels_last', marks=pytest.mark.full)])
 @pytest.mark.parametrize('name', FAMILIES)
 def test_deterministic_algorithms(name: str, case: str) -> None:
-    """Accepted in training and inference, and no uninitialized memory (then NaN) gets into a result."""
+    """torch accepts them in training and inference, and uninitialized memory, which it fills with NaN, is not used."""
     expected = digest(name, case)
     torch.use_deterministic_algorithms(True)
     try:
@@ -102,35 +85,49 @@ def test_deterministic_algorithms(name: str, case: str) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-# --- memory
-
-class _MallInfo(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_size_t) for n in (
-        'arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks', 'fsmblks', 'uordblks', 'fordblks', 'keepcost')]
-
-
 def usage() -> Dict[str, int]:
-    """What the process holds now. 'heap' is exact, 'rss' has pages that no object needs."""
+    """What the process holds now. 'rss' (bytes, on Linux) is not exact: it includes pages that no object needs."""
     gc.collect()
     kinds = [type(o) for o in gc.get_objects()]
     held = {
         'tensors': sum(issubclass(k, torch.Tensor) for k in kinds),
-        'modules': sum(issubclass(k, nn.Module) for k in kinds),
+        'modules': sum(issubclass(k, torch.nn.Module) for k in kinds),
         'objects': len(kinds),
     }
     if sys.platform == 'linux':
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, 'mallinfo2'):  # glibc 2.33
-            libc.malloc_trim(0)  # free pages between kept ones, such as those of the source code that fx keeps
-            libc.mallinfo2.restype = _MallInfo
-            info = libc.mallinfo2()
-            held['heap'] = info.uordblks + info.hblkhd
         held['rss'] = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     return held
 
 
-def growth(run: Callable[[int], Any], count: int) -> Dict[str, int]:
+def train(name: str) -> Callable[[int], Any]:
+    """A training step, in turn on maps that the pooling windows tile and on maps where they overlap."""
+    model = timm.create_model(name, num_classes=10, **TINY).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x = [images(2, size, 32) for size in (32, 40)]
+
+    def run(i: int) -> None:
+        optimizer.zero_grad()
+        model(x[i % 2]).square().mean().backward()
+        optimizer.step()
+
+    return run
+
+
+def create(name: str, trace: bool = False, **kwargs) -> Callable[[int], Any]:
+    """A network that is created, used and deleted."""
+    x = images(2, 32, 32)
+
+    def run(i: int) -> None:
+        model = timm.create_model(name, **kwargs)
+        out = (torch.fx.symbolic_trace(model) if trace else model)(x)
+        (out[-1] if isinstance(out, list) else out).mean().backward()
+
+    return run
+
+
+def _growth(rank: int, make_run: Callable, name: str, kwargs: Dict[str, Any], count: int) -> Dict[str, int]:
     """Growth of each kind over `count` runs, after a warm-up."""
+    run = make_run(name, **kwargs)
     for i in range(max(5, count // 10)):
         run(i)
     before = usage()
@@ -139,89 +136,24 @@ def growth(run: Callable[[int], Any], count: int) -> Dict[str, int]:
     return {k: v - before[k] for k, v in usage().items()}
 
 
-def _memory_rank(rank: int, build: Callable, args: tuple, count: int, leak: str) -> Dict[str, int]:
-    run = build(*args)
-    kept = []
-
-    def leaking(i: int) -> None:
-        result = run(i)
-        if leak == 'tensor':
-            kept.append(torch.zeros(256))
-        elif leak == 'graph':
-            kept.append(result().grad_fn)  # of a forward without a backward: no tensor that Python sees
-        elif leak == 'model':
-            kept.append(result)
-
-    return growth(leaking, count)
-
-
-def training(name: str) -> Callable:
-    """A training step, on maps that the grids tile and maps that they don't in turn."""
-    model = timm.create_model(name, num_classes=10, **TINY).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x = [images(2, size, 32) for size in (32, 40)]
-
-    def run(i: int) -> Callable:
-        optimizer.zero_grad()
-        model(x[i % 2]).square().mean().backward()
-        optimizer.step()
-        return lambda: model(x[i % 2]).mean()
-
-    return run
-
-
-def cycle(name: str, kwargs: Dict[str, Any], trace: bool = False) -> Callable:
-    """A network that is made, used and forgotten."""
-    x = images(2, 32, 32)
-
-    def run(i: int) -> nn.Module:
-        model = timm.create_model(name, **kwargs)
-        if trace:
-            model = torch.fx.symbolic_trace(model)
-        out = model(x)
-        (out[-1] if isinstance(out, list) else out).mean().backward()
-        return model
-
-    return run
-
-
-STEPS, CYCLES = 200 * MORE, 20 * MORE
-LIMITS = {  # per run, far below the leaks that are planted, and above the source code that fx keeps of every trace
-    training: dict(tensors=0, modules=0, objects=0.1, heap=256),
-    cycle: dict(tensors=0, modules=0, objects=10, heap=100_000),
-}
-RSS_LIMIT = 32 * 2 ** 20  # in all, however many runs
-ADOPTED = dict(base='regnety_002', squeeze='rgse', num_classes=10)
+OBJECTS = {train: 0.1, create: 10}  # allowed for each run: fx keeps the source code of what it traces
+RSS = 32 * 2 ** 20  # allowed for all runs together
+ADOPTED = dict(base='regnety_002', squeeze='rgse')
 RUNS = {
-    **{f'train-{n}': (training, (n,), STEPS) for n in FAMILIES},
-    **{f'create-{n}': (cycle, (n, dict(TINY, num_classes=10)), CYCLES) for n in FAMILIES},
-    **{f'features-{n}': (cycle, (n, dict(TINY, features_only=True)), CYCLES) for n in FAMILIES},
-    **{f'fx-{n}': (cycle, (n, dict(TINY, num_classes=10), True), CYCLES) for n in FAMILIES},
-    'create-adopted': (cycle, ('adopted', ADOPTED), CYCLES),
-    'features-adopted': (cycle, ('adopted', dict(ADOPTED, features_only=True)), CYCLES),
+    **{f'train-{n}': (train, n, {}) for n in FAMILIES},
+    **{f'create-{n}': (create, n, TINY) for n in FAMILIES},
+    **{f'features-{n}': (create, n, dict(TINY, features_only=True)) for n in FAMILIES},
+    **{f'fx-{n}': (create, n, dict(TINY, trace=True)) for n in FAMILIES},
+    'create-adopted': (create, 'adopted', ADOPTED),
+    'features-adopted': (create, 'adopted', dict(ADOPTED, features_only=True)),
 }
+QUICK = ('train-spse_resnet50', 'fx-rgse_resnext50', 'features-spse_resnet50')
 
 
-def leaks(build: Callable, args: tuple, count: int, leak: str = '') -> List[str]:
-    """What grows by more than its limit."""
-    grown, = run_processes(_memory_rank, 1, build, args, count, leak, timeout=300 * MORE)
-    limits = {k: v * count for k, v in LIMITS[build].items()}
-    return [f'{k} +{v}' for k, v in grown.items() if v > limits.get(k, RSS_LIMIT)]
-
-
-@pytest.mark.parametrize('run', RUNS)
+@pytest.mark.parametrize('run', [run if run in QUICK else pytest.param(run, marks=pytest.mark.full) for run in RUNS])
 def test_nothing_grows(run: str) -> None:
-    assert leaks(*RUNS[run]) == []
-
-
-@pytest.mark.parametrize('build,leak,seen', [
-    (training, 'tensor', ['tensors', 'objects', 'heap']),
-    (training, 'graph', ['objects', 'heap', 'rss']),
-    (cycle, 'model', ['tensors', 'modules', 'objects', 'heap', 'rss']),
-], ids=['tensor', 'graph', 'model'])
-def test_leaks_are_seen(build: Callable, leak: str, seen: List[str]) -> None:
-    """A kilobyte or a graph kept at every step, a network kept at every cycle."""
-    args = (FAMILIES[0],) if build is training else (FAMILIES[0], dict(TINY, num_classes=10))
-    available = usage()
-    found = {x.split()[0] for x in leaks(build, args, 50, leak)}
-    assert found >= {k for k in seen if k in available}
+    make_run, name, kwargs = RUNS[run]
+    count = (200 if make_run is train else 20) * (10 if FULL else 1)
+    growth, = run_processes(_growth, 1, make_run, name, kwargs, count, timeout=6000 if FULL else 600)
+    limits = dict(tensors=0, modules=0, objects=OBJECTS[make_run] * count, rss=RSS)
+    assert not {k: v for k, v in growth.items() if v > limits[k]}
