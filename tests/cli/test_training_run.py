@@ -75,15 +75,16 @@ def test_network_and_preprocessing_of_the_run(
 def test_run_whose_source_is_gone(tmp_path: Path, capsys) -> None:
     for name in ('local-dir:nowhere', 'hf-hub:user/nowhere'):
         checkpoint = write_run(tmp_path / name[:5], tiny('rgse_resnet50'), name)
-        argv = ['push', 'rgse_resnet50', '--repo-id', 'user/net', '--checkpoint', checkpoint]
-        check_fails(capsys, tmp_path, [*argv, '--dry-run', tmp_path / 'out'], f'started from {name}, whose config.json cannot be read: ')
+        argv = ['push', 'rgse_resnet50', '--repo-id', 'user/net', '--checkpoint', checkpoint, '--dry-run', 'out']
+        check_fails(capsys, tmp_path, argv, f'started from {name}, whose config.json cannot be read: ')
 
 
 @pytest.mark.parametrize('rows, message', [
     ([dict(model='local-dir:out')], None),
     ([dict(model='spse_resnet50'), dict(model='resnet18', img_size=224)], None),
     ([dict(model='spse_resnet50', img_size=224)],
-     'was measured with img_size 224, crop_pct 0.8, interpolation bilinear, but the config to publish says img_size 96, crop_pct 0.8, interpolation bilinear. Validate the folder'),
+     'was measured with img_size 224, crop_pct 0.8, interpolation bilinear, but the config to publish says '
+     'img_size 96, crop_pct 0.8, interpolation bilinear. Validate the folder'),
     ([dict(model='spse_resnet50', crop_pct=0.95)], 'was measured with img_size 96, crop_pct 0.95, '),
     ([dict(model='spse_resnet50', interpolation='bicubic')], 'interpolation bicubic, but the config to publish says '),
     ([dict(model='spse_resnet50'), dict(model='local-dir:out', top1=1)], 'has several rows of spse_resnet50'),

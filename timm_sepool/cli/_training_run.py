@@ -119,7 +119,7 @@ def _source_config(name: str) -> Tuple[str, Dict[str, Any]]:
 
 
 def _run_model_kwargs(run_args: Dict[str, Any], arch: str, checkpoint: Path) -> Dict[str, Any]:
-    """Model arguments of a training run. CommandError if it trained another architecture, or its source is not there."""
+    """Model arguments of a training run. CommandError if it trained another architecture or its source is missing."""
     try:
         trained_arch, kwargs = _source_config(run_args['model'])
     except Exception as e:  # the Hub client, JSON and the file system raise many
@@ -196,7 +196,8 @@ def training_preprocessing(
 ) -> Dict[str, Any]:
     """Entries PREPROCESSING of a pretrained cfg, as train.py validated with: flags, run's arguments, model's config.
 
-    `model` and `run_args` are those of `load_trained`, `flags` any of PREPROCESSING_FLAGS, `checkpoint` is for messages.
+    `model` and `run_args` are those of `load_trained`, `flags` any of PREPROCESSING_FLAGS, `checkpoint` names it in
+    messages.
 
     Raises:
         CommandError: If the preprocessing is unknown or invalid.
@@ -226,8 +227,8 @@ def training_preprocessing(
 def read_results(path: Path, arch: str, preprocessing: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Read the accuracies of a network from a results file of timm's validate.py.
 
-    A row counts if its model is `arch`, or a folder or repository that holds `arch`. `preprocessing` is the pretrained cfg
-    that will be published.
+    A row counts if its model is `arch`, or a folder or repository that holds `arch`. `preprocessing` is the pretrained
+    cfg that will be published.
 
     Returns:
         A dict of img_size (px), crop_pct, interpolation, top1 and top5 (%) for every row.

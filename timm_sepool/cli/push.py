@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> None:
     _check_repo_id(args.repo_id)
     if args.checkpoint is None and (preprocessing(args) or args.model_kwargs or args.args or args.use_ema):
         raise CommandError(
-            'Preprocessing, model arguments and --use-ema need --checkpoint: the weights of a tag have their own config. '
-            'Add --checkpoint or leave them out.')
+            'Preprocessing, model arguments and --use-ema need --checkpoint: the weights of a tag have a config of '
+            'their own. Add --checkpoint or leave them out.')
     if args.checkpoint is None and args.model == 'adopted':
         raise CommandError('adopted has no weights of its own. Name trained ones by --checkpoint.')
     if args.dry_run:
@@ -125,7 +125,7 @@ def _check_token() -> None:
 
 
 def hub_errors() -> Tuple[Type[BaseException], ...]:
-    """Errors of the Hub client. While it transfers, they are those of its HTTP library, which depends on its version."""
+    """Errors of the Hub client. While it transfers, they are those of its HTTP library, which its version decides."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return OSError, ValueError, SafetensorError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception)
