@@ -1,5 +1,4 @@
 """ `timm-sepool convert` """
-import os
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def test_training_checkpoint(tmp_path: Path, capsys, model_args: str) -> None:
     if model_args == '--model-kwargs':
         checkpoint.with_name('args.yaml').unlink()
         argv = ['convert', checkpoint, tmp_path / 'out.safetensors', '--model', 'spse_resnet50']
-        check_fails(capsys, tmp_path, argv, ' pass the model arguments of its training by --model-kwargs.')
+        check_fails(capsys, tmp_path, argv, ' pass its model arguments by --model-kwargs.')
         flags = [*TINY_ARGS, 'global_pool=catavgmax']
     for i, (ema_flag, expected) in enumerate((([], model), (['--use-ema'], ema))):
         out = tmp_path / f'out{i}.safetensors'
@@ -73,31 +72,14 @@ def test_training_checkpoint(tmp_path: Path, capsys, model_args: str) -> None:
     assert cfg['mean'] == pytest.approx([0.449]) and cfg['std'] == pytest.approx([0.226])
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ('ran',)
-
-
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory) -> Path:
-    """A sound checkpoint, good.pth, and bad ones."""
+    """A sound checkpoint, good.pth, and bad ones. tests/faults/test_checkpoints.py has many more."""
     folder = tmp_path_factory.mktemp('checkpoints')
     good = tiny('rgse_resnet50').state_dict()
-    misshaped = {**good, 'layer2.0.se.weight': torch.zeros(128, 1, 3, 3)}
-    incomplete = {k: v for k, v in good.items() if k not in ('layer2.0.se.weight', 'fc.bias')}
-    contents = dict(
-        good=good, evil={'state_dict': Evil()}, list=[1, 2], keyed={1: torch.zeros(1)},
-        scalar={'fc.weight': torch.ones(())},
-        resnet18=timm.create_model('resnet18', **{**TINY, 'layers': (1, 1, 1, 1)}).state_dict(), misshaped=misshaped,
-        incomplete=incomplete, extra={**good, 'extra': torch.zeros(1)})
-    for name, content in contents.items():
-        torch.save(content, folder / f'{name}.pth')
+    torch.save(good, folder / 'good.pth')
+    torch.save(timm.create_model('resnet50', **TINY).state_dict(), folder / 'plain.pth')
     save_file(good, folder / 'misnamed.pth')
-    save_file(good, folder / 'cut.safetensors')
-    (folder / 'cut.safetensors').write_bytes((folder / 'cut.safetensors').read_bytes()[:-100])
-    (folder / 'truncated.pth').write_bytes((folder / 'good.pth').read_bytes()[:200_000])
-    (folder / 'text.pth').write_text('no checkpoint')
-    (folder / 'empty.pth').write_bytes(b'')
     (folder / 'existing.safetensors').write_text('precious')
     return folder
 
@@ -107,20 +89,9 @@ def checkpoints(tmp_path_factory) -> Path:
     ('good.pth', "Unknown model 'rgse_resnext50_32x4d'. Did you mean 'rgse_resnext50'?",
      ['--model', 'rgse_resnext50_32x4d']),
     ('none.pth', 'does not exist', []),
-    ('truncated.pth', 'is damaged or is not a checkpoint', []),
-    ('empty.pth', 'is damaged or is not a checkpoint', []),
-    ('text.pth', 'is damaged or is not a checkpoint', []),
-    ('cut.safetensors', 'is damaged or is not a checkpoint', []),
     ('misnamed.pth', 'The name of a safetensors file must end in .safetensors', []),
-    ('keyed.pth', 'has no state dict', []),
-    ('list.pth', 'has no state dict', []),
-    ('scalar.pth', 'has the weights of a network without a squeeze', []),
     ('', 'Cannot read the checkpoint', []),
-    ('extra.pth', 'extra.pth does not fit rgse_resnet50: ', []),
-    ('evil.pth', 'would execute code when unpickled, so it was not loaded', []),
-    ('resnet18.pth', 'has the weights of a network without a squeeze, not of rgse_resnet50', []),
-    ('misshaped.pth', 'layer2.0.se.weight', []),
-    ('incomplete.pth', 'layer2.0.se.weight', []),
+    ('plain.pth', 'has the weights of a network without a squeeze, not of rgse_resnet50', []),
     ('good.pth', 'does not fit spse_resnet50', ['--model', 'spse_resnet50']),
     ('good.pth', 'has no EMA weights', ['--use-ema']),
     ('good.pth', 'cannot be created', ['--model-kwargs', 'act_layer=nope']),
@@ -132,7 +103,7 @@ def checkpoints(tmp_path_factory) -> Path:
     ('good.pth', 'is not a writable directory', ['good.pth/out.safetensors']),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else None)
 def test_bad_input(checkpoints: Path, capsys, monkeypatch, source: str, message: str, flags: list) -> None:
-    """One clear error, nothing written, nothing run, what is there untouched."""
+    """One clear error, nothing written, what is there untouched."""
     monkeypatch.chdir(checkpoints)
     out = flags.pop() if flags and '.' in flags[-1] and '=' not in flags[-1] else 'out.safetensors'
     argv = ['convert', checkpoints / source, out, '--model', 'rgse_resnet50', *TINY_ARGS, *flags]

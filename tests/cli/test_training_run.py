@@ -19,17 +19,18 @@ TAG = 'rgse_resnet50.from_resnet50_tv_in1k'
 IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 SOURCE_CFG = dict(
     input_size=(3, 96, 96), test_input_size=(3, 128, 128), interpolation='bicubic', crop_pct=0.9, test_crop_pct=1.0,
-    crop_mode='border', mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2), label_names=['stale'] * 10)
+    crop_mode='border', mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2), num_classes=7,
+    label_names=['stale'] * 7)
 OF_SOURCE = dict(input_size=[3, 96, 96], interpolation='bicubic', crop_pct=0.9, mean=[0.3] * 3, std=[0.2] * 3)
 
 
 @pytest.fixture
 def source(hub: HubServer, tmp_path: Path) -> Path:
     """A published network with a config of its own, as folder `source` and on the Hub as user/source."""
-    model = tiny('rgse_resnet50', pretrained_cfg_overlay=SOURCE_CFG)
+    model = tiny('rgse_resnet50', pretrained_cfg_overlay=SOURCE_CFG, num_classes=7)
     save_folder(model, tmp_path / 'source', TINY)
     config = json.loads((tmp_path / 'source' / 'config.json').read_text())
-    assert config['pretrained_cfg']['test_input_size'] == [3, 128, 128]
+    assert config['pretrained_cfg']['test_input_size'] == [3, 128, 128] and 'stale' in str(config)
     hub.add('user/source', {p.name: p for p in (tmp_path / 'source').iterdir()})
     return tmp_path / 'source'
 

@@ -56,7 +56,6 @@ def source(request, hub: HubServer, small_donor: Callable, tmp_path: Path) -> So
     model = tiny('rgse_resnet50')
     save_folder(model, tmp_path / 'saved', dict(TINY))
     hub.add(HUB_ID, {p.name: p for p in (tmp_path / 'saved').iterdir()})
-
     create = partial(timm.create_model, f'hf-hub:{HUB_ID}', pretrained=True, cache_dir=tmp_path / 'cache')
     return Source(HUB_ID, create, model.conv1.weight.detach(), tmp_path / 'cache')
 
@@ -111,10 +110,13 @@ def damage(data: bytes, how: str) -> bytes:
 
 # --- weights of create_model(NAME, pretrained=True) and create_model('hf-hub:...', pretrained=True)
 
+BOTH_UNDER_FULL = pytest.mark.parametrize(
+    'source', ['donor', pytest.param('hf-hub', marks=pytest.mark.full)], indirect=True)
 EVERY_REQUEST = (401, 403, 404, 429, 500, 503, 200, 'header', 'timeout')  # 200 is a login page
 DOWNLOAD = (403, 404, 429, 500, 503, 200, 'header', 'timeout', 'empty', 'short', 'cut', 'reset', 'stall')
 
 
+@BOTH_UNDER_FULL
 @pytest.mark.parametrize('key, fault', [
     *(('{}/model.safetensors', fault) for fault in EVERY_REQUEST),
     *(('GET {}/model.safetensors', fault) for fault in DOWNLOAD),
@@ -166,6 +168,7 @@ def test_cached_weights_need_no_hub(hub: HubServer, source: Source, impatient: C
         check_works(source)
 
 
+@BOTH_UNDER_FULL
 @pytest.mark.parametrize('fault', ['corrupt', 'empty', 'short', 'flip', 'NaN', 'infinity', 'tensor missing'])
 def test_damaged_file_in_the_cache(hub: HubServer, source: Source, fault: str) -> None:
     """The Hub client does not verify downloads and reuses damaged cached files: the error says what to remove."""

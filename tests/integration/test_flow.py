@@ -60,11 +60,13 @@ def folder(tmp_path_factory) -> Path:
 ], ids=['options', 'tag'])
 def test_flow(hub: HubServer, folder: Path, options: list) -> None:
     experiment = f'run{len(options)}'
-    output, averaged = folder / 'output' / experiment, folder / 'output' / experiment / 'averaged.pth'
+    output = folder / 'output' / experiment
+    averaged = output / 'averaged.pth'
     data = ['--data-dir', 'data', '-j', 0, '--device', 'cpu']
-    run(folder, 'train.py', *data, '--model', MODEL, '--num-classes', CLASSES, '-b', 24, '--epochs', 2, '--warmup-epochs', 0, '--opt', 'momentum', '--lr', 0.05, '--checkpoint-hist', 1,
-        '--output', 'output', '--experiment', experiment, *options, '--model-kwargs', 'layers=(1,1,1,1)',
-        'channels=(16,32,64,128)')
+    run(
+        folder, 'train.py', *data, '--model', MODEL, '--num-classes', CLASSES, '-b', 24, '--epochs', 2,
+        '--warmup-epochs', 0, '--opt', 'momentum', '--lr', 0.05, '--checkpoint-hist', 1, '--output', 'output',
+        '--experiment', experiment, *options, '--model-kwargs', 'layers=(1,1,1,1)', 'channels=(16,32,64,128)')
     with open(output / 'summary.csv', newline='') as f:
         top1 = float(list(csv.DictReader(f))[-1]['eval_top1'])
     # of one checkpoint, the last: the average is its weights

@@ -1,8 +1,4 @@
-""" What a training run leaves behind: its checkpoint, its args.yaml and the results of validate.py, each read here
-
-The preprocessing of a run is resolved as train.py did: its arguments over the config of the model that it started from,
-tag and source included.
-"""
+""" What a training run leaves behind: its checkpoint, its args.yaml and the results of validate.py, each read here """
 import argparse
 import csv
 import json
@@ -156,8 +152,7 @@ def load_trained(
     kwargs.update(model_kwargs or {})
     if arch == 'adopted':
         kwargs.setdefault('base', 'seresnet50')  # the default of train.py, but a saved network has to name its base
-    hint = '' if run_args or model_kwargs else (
-        ' No args.yaml is beside it: pass the model arguments of its training by --model-kwargs.')
+    hint = '' if run_args or model_kwargs else ' No args.yaml is beside it: pass its model arguments by --model-kwargs.'
 
     state_dict = load_checkpoint(checkpoint, use_ema)
     try:
@@ -196,8 +191,7 @@ def training_preprocessing(
 ) -> Dict[str, Any]:
     """Entries PREPROCESSING of a pretrained cfg, as train.py validated with: flags, run's arguments, model's config.
 
-    `model` and `run_args` are those of `load_trained`, `flags` any of PREPROCESSING_FLAGS, `checkpoint` names it in
-    messages.
+    `model` and `run_args` are those of `load_trained`, `flags` any of PREPROCESSING_FLAGS.
 
     Raises:
         CommandError: If the preprocessing is unknown or invalid.
@@ -228,10 +222,7 @@ def read_results(path: Path, arch: str, preprocessing: Dict[str, Any]) -> List[D
     """Read the accuracies of a network from a results file of timm's validate.py.
 
     A row counts if its model is `arch`, or a folder or repository that holds `arch`. `preprocessing` is the pretrained
-    cfg that will be published.
-
-    Returns:
-        A dict of img_size (px), crop_pct, interpolation, top1 and top5 (%) for every row.
+    cfg that will be published. Returns img_size (px), crop_pct, interpolation, top1 and top5 (%) of every row.
 
     Raises:
         CommandError: If the file has no row of this network, several of one size, or one of another preprocessing.
