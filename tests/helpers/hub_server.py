@@ -28,7 +28,6 @@ _ERRORS = {
     403: ('GatedRepo', 'Access to this repository is restricted and you are not in the authorized list.'),
     404: ('RepoNotFound', 'Repository not found'),
 }
-_LICENSES = ('apache-2.0', 'bsd-2-clause', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'mit', 'other', 'unknown')
 _RESOLVE = re.compile(r'/(?:(dataset|space)s/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)')
 _API = re.compile(
     r'/api/(model|dataset|space)s/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info|preupload|commit)/([^/]+)(?:/(.+))?)?'
@@ -59,11 +58,10 @@ class HubError(Exception):
 class Repo(dict):
     """The files of the main branch by name, with what the Hub keeps beside them."""
 
-    def __init__(self, repo_id: str, private: bool = False, gated: Union[bool, str] = False):
+    def __init__(self, repo_id: str, private: bool = False):
         super().__init__()
         self.repo_id = repo_id
         self.private = private
-        self.gated = gated  # False, 'auto' or 'manual'
         self.commits: Dict[str, Dict[str, bytes]] = {}
         self.sha = self.commit({})
 
@@ -84,15 +82,15 @@ class Repo(dict):
 
 
 class HubServer:
-    """The Hub, running at `endpoint` from `start` to `stop` or as a context manager.
+    """The Hub, running at `endpoint` from `start` to `stop`.
 
     Attributes:
         repos: Repositories by type ('model', 'dataset', 'space') and id.
         requests: Method and path, without the query, of all requests in their order.
         faults: What goes wrong, by id of a repository, by id/name of one of its files or by id/verb of an API call
             (preupload, commit); with a method before it ('GET user/net') for its requests alone. An HTTP status answers
-            every request (200 with an HTML page); 'slow' answers after `delay` seconds, 'timeout' hangs up after them
-            and 'header' in the middle of the header. A commit that is 'lost' is made, but not answered. Only downloads
+            every request (200 with an HTML page); 'timeout' hangs up after `delay` seconds and 'header' in the middle
+            of the header. A commit that is 'lost' is made, but not answered. Only downloads
             are 'corrupt' (of the right size, all bytes flipped), 'flip' (one bit in the middle flipped), 'empty',
             'short' (the first half, announced as the whole), 'reset' (a reset connection after the first half), 'stall'
             (no more than the first half for `delay` seconds), 'cut' (not more than the first half ever arrives) and
@@ -123,23 +121,10 @@ class HubServer:
         self._server.server_close()
         self._thread.join()
 
-    def __enter__(self) -> 'HubServer':
-        return self.start()
-
-    def __exit__(self, *exc_info) -> None:
-        self.stop()
-
-    def add(
-            self,
-            repo_id: str,
-            files: Dict[str, Union[bytes, Path]],
-            repo_type: str = 'model',
-            private: bool = False,
-            gated: Union[bool, str] = False,
-    ) -> str:
+    def add(self, repo_id: str, files: Dict[str, Union[bytes, Path]], repo_type: str = 'model') -> str:
         """Commit files to a repository, created if need be, and return the commit's sha."""
         with self.lock:
-            repo = self.repos.setdefault((repo_type, repo_id), Repo(repo_id, private, gated))
+            repo = self.repos.setdefault((repo_type, repo_id), Repo(repo_id))
             return repo.commit({k: v.read_bytes() if isinstance(v, Path) else v for k, v in files.items()})
 
 
@@ -182,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif (self.command, path) == ('POST', '/api/repos/create'):
             self.create(json.loads(self.body))
         elif (self.command, path) == ('POST', '/api/validate-yaml'):
-            self.validate_yaml(json.loads(self.body)['content'])
+            self.send(200, {'errors': [], 'warnings': []})
         elif (match := _API.fullmatch(path)) and (self.command == 'POST') == (match[3] in _POSTED):
             repo_type, repo_id, verb, revision, folder = (unquote(part or '') for part in match.groups())
             self.check_fault(repo_id, verb)
@@ -219,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(body[:sent])
 
-    def repo(self, repo_type: str, repo_id: str, file: str = '', write: bool = False) -> Repo:
+    def repo(self, repo_type: str, repo_id: str, write: bool = False) -> Repo:
         """The repository, if the token may do this. To strangers, a private one is missing."""
         repo = self.hub.repos.get((repo_type, repo_id))
         owner = self.logged_in and repo_id.startswith(f'{USER}/')
@@ -227,8 +212,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(404 if self.logged_in else 401)
         if write and not owner:
             raise HubError(403, message='Forbidden: you must use a write token to upload to a repository.')
-        if file and repo.gated and not owner:
-            raise HubError(403 if self.logged_in else 401, 'GatedRepo', f'Access to model {repo_id} is restricted.')
         return repo
 
     def check_fault(self, repo_id: str, file: str = '') -> None:
@@ -237,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = next((self.hub.faults[key] for key in keys if key in self.hub.faults), None)
         if isinstance(self.fault, int):
             raise HubError(self.fault)
-        if self.fault in ('slow', 'timeout'):
+        if self.fault == 'timeout':
             self.hub.stopping.wait(self.hub.delay)
         if self.fault == 'header':
             self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Le')
@@ -247,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, repo_type: str, repo_id: str, revision: str, file: str) -> None:
         """Send a file or a range of it. The client's cache names it by its ETag."""
         self.check_fault(repo_id, file)
-        sha, files = self.repo(repo_type, repo_id, file).at(revision)
+        sha, files = self.repo(repo_type, repo_id).at(revision)
         headers = {'X-Repo-Commit': sha, 'Accept-Ranges': 'bytes'}
         if file not in files:
             raise HubError(404, 'EntryNotFound', 'Entry not found', headers)
@@ -285,18 +268,15 @@ class _Handler(BaseHTTPRequestHandler):
             {'rfilename': name, **({'size': len(data), 'blobId': git_oid(data)} if 'blobs' in self.query else {})}
             for name, data in sorted(files.items())
         ]
-        card = parse_card(files.get('README.md', b'').decode(errors='replace'))
         self.send(200, {
-            **{key: card[key] for key in ('library_name', 'pipeline_tag') if key in card},
             'id': repo.repo_id,
             'author': repo.repo_id.split('/')[0],
             'sha': sha,
             'lastModified': '2026-01-01T00:00:00.000Z',
             'private': repo.private,
-            'gated': repo.gated,
+            'gated': False,
             'disabled': False,
-            'tags': card.get('tags', []),
-            'cardData': card,
+            'tags': [],
             'siblings': siblings,
         })
 
@@ -361,16 +341,6 @@ class _Handler(BaseHTTPRequestHandler):
     def repo_url(self, repo_type: str, repo_id: str) -> str:
         return f'{self.hub.endpoint}/{"" if repo_type == "model" else f"{repo_type}s/"}{repo_id}'
 
-    def validate_yaml(self, content: str) -> None:
-        """Refuse unusual licenses and warn where nothing is said, which needs no YAML parser."""
-        card = parse_card(content)
-        errors = warnings = []
-        if not card:
-            warnings = [{'message': 'empty or missing yaml metadata in repo card'}]
-        elif card.get('license', 'unknown') not in _LICENSES:
-            errors = [{'message': f'"license" must be one of [{", ".join(_LICENSES)}]'}]
-        self.send(400 if errors else 200, {'errors': errors, 'warnings': warnings})
-
     def whoami(self) -> None:
         if not self.logged_in:
             raise HubError(401)
@@ -389,13 +359,3 @@ def entries(files: Dict[str, bytes]) -> List[Dict[str, Any]]:
     found = [{'type': 'directory', 'path': name, 'oid': git_oid(name), 'size': 0} for name in folders]
     found += [{'type': 'file', 'path': n, 'oid': git_oid(data), 'size': len(data)} for n, data in files.items()]
     return sorted(found, key=lambda entry: entry['path'])
-
-
-def parse_card(text: str) -> Dict[str, Any]:
-    """The strings and lists of strings in a model card's YAML header."""
-    header = re.match(r'---\n(.*?)^---$', text.replace('\r\n', '\n'), re.DOTALL | re.MULTILINE)
-    card = {}
-    for key, value, items in re.findall(r'^([\w-]+):(.*)\n((?: *- .*\n)*)', header[1] if header else '', re.MULTILINE):
-        card[key] = re.findall(r'^ *- (.*)', items, re.MULTILINE) or value.strip(' \'"')
-    card.pop('model-index', None)  # nested
-    return card

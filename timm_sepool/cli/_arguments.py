@@ -35,7 +35,7 @@ def add_preprocessing(parser: argparse.ArgumentParser) -> None:
     """Add the options that replace the preprocessing of a training run."""
     parser.add_argument('--img-size', type=int, metavar='N', help='validation image size (px)')
     parser.add_argument('--interpolation', metavar='NAME', help='validation interpolation')
-    parser.add_argument('--crop-pct', type=float, metavar='N', help='validation crop, as a fraction of the resized image')
+    parser.add_argument('--crop-pct', type=float, metavar='N', help='validation crop, a fraction of the resized image')
     parser.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='normalization mean')
     parser.add_argument('--std', type=float, nargs='+', metavar='STD', help='normalization std')
 

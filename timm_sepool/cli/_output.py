@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 # what a pretrained cfg says of the source of its weights
 SOURCE_FIELDS = ('tag', 'url', 'file', 'hf_hub_id', 'source', 'origin_url', 'description', 'paper_ids', 'paper_name')
 TEST_FIELDS = ('test_input_size', 'test_crop_pct', 'pool_size', 'test_pool_size')
+LABEL_FIELDS = ('label_names', 'label_descriptions', 'label_offset')
 
 
 class CommandError(Exception):
@@ -37,7 +38,8 @@ def check_new(path: Path) -> None:
         raise CommandError(
             f'Cannot write {path}: the directory {path.parent} does not exist. Create it first: mkdir -p {path.parent}')
     if not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
-        raise CommandError(f'Cannot write {path}: {path.parent} is not a writable directory. Choose another output path.')
+        raise CommandError(
+            f'Cannot write {path}: {path.parent} is not a writable directory. Choose another output path.')
 
 
 @contextmanager
@@ -106,8 +108,8 @@ def save_folder(
         model: The network.
         folder: Folder to write.
         model_args: Arguments the network was created with.
-        preprocessing: Entries for the config that replace those of the donor, `_training_run.PREPROCESSING`.
-        label_names: Class names.
+        preprocessing: Entries for the config of trained weights, which replace those of their source.
+        label_names: Class names. Trained weights do not inherit those of their source.
     """
     from timm.models import save_for_hf
 
@@ -117,7 +119,7 @@ def save_folder(
     config = json.loads((folder / 'config.json').read_text())
     # num_classes stays at the config's top level: transformers' wrapper passes it beside model_args
     config.setdefault('model_args', {}).pop('num_classes', None)
-    for key in SOURCE_FIELDS + (TEST_FIELDS if preprocessing else ()):
+    for key in SOURCE_FIELDS + (TEST_FIELDS + LABEL_FIELDS if preprocessing else ()):
         config['pretrained_cfg'].pop(key, None)
     config['pretrained_cfg'].update(preprocessing or {})
     (folder / 'config.json').write_text(json.dumps(config, indent=2))

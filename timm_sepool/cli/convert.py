@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> None:
         model, kwargs, run_args = load_trained(
             args.model, args.input, args.use_ema, model_kwargs=args.model_kwargs)
         # what `push` and `plot` need, in the form of args.yaml; without a known preprocessing they ask for it
-        metadata = dict(model=arch, model_kwargs={k: v for k, v in kwargs.items() if k not in ('num_classes', 'in_chans')})
+        model_kwargs = {k: v for k, v in kwargs.items() if k not in ('num_classes', 'in_chans')}
+        metadata = dict(model=arch, model_kwargs=model_kwargs, in_chans=model.in_chans)
         if 'interpolation' in (run_args or {}):
             metadata.update(training_preprocessing(model, run_args, {}, args.input))
-        metadata['in_chans'] = kwargs.get('in_chans', 3)
         save_file(model.state_dict(), temporary, metadata={'format': 'pt', METADATA_KEY: json.dumps(metadata)})
     extra = ''.join(f', {k}={v!r}' for k, v in kwargs.items() if (k, v) not in (('num_classes', 1000), ('in_chans', 3)))
     print(f'wrote {args.output} ({sum(p.numel() for p in model.parameters()):,} parameters). Create the network by\n')

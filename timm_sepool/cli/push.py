@@ -15,7 +15,7 @@ def add_parser(subparsers) -> None:
     """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser('push', help='weights, config and model card to the Hugging Face Hub')
     parser.add_argument('model', metavar='MODEL[.TAG]', help='architecture, with the tag whose weights to push')
-    parser.add_argument('--repo-id', required=True, metavar='USER/NAME', help='repository, created if it does not exist')
+    parser.add_argument('--repo-id', required=True, metavar='USER/NAME', help='repository, created if missing')
     add_checkpoint(parser)
     parser.add_argument('--args', type=Path, metavar='FILE', help='args.yaml of the training run, if it is elsewhere')
     add_preprocessing(parser)
@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> None:
     """Export the network, then upload it or keep the folder."""
     check_model(args.model)
     _check_repo_id(args.repo_id)
-    if args.checkpoint is None and (preprocessing(args) or args.model_kwargs or args.args):
+    if args.checkpoint is None and (preprocessing(args) or args.model_kwargs or args.args or args.use_ema):
         raise CommandError(
-            'Preprocessing and model arguments need --checkpoint: the weights of a tag have their own. Add --checkpoint or '
-            'leave them out.')
+            'Preprocessing, model arguments and --use-ema need --checkpoint: the weights of a tag have a config of '
+            'their own. Add --checkpoint or leave them out.')
     if args.checkpoint is None and args.model == 'adopted':
         raise CommandError('adopted has no weights of its own. Name trained ones by --checkpoint.')
     if args.dry_run:
@@ -84,9 +84,9 @@ def export(args: argparse.Namespace, folder: Path) -> None:
         cfg = training_preprocessing(model, run_args, preprocessing(args), args.checkpoint)
         cfg['license'] = args.license
     label_names = _read_labels(args.labels, model.num_classes) if args.labels else None
-    results = read_results(args.metrics, get_arch_name(args.model), cfg or model.pretrained_cfg) if args.metrics else None
-    save_folder(model, folder, kwargs, cfg, label_names)
     card_cfg = dict(cfg, num_classes=model.num_classes) if cfg else model.pretrained_cfg
+    results = read_results(args.metrics, get_arch_name(args.model), card_cfg) if args.metrics else None
+    save_folder(model, folder, kwargs, cfg, label_names)
     card = model_card(
         args.model, f'hf-hub:{args.repo_id}', card_cfg, kwargs, results, args.checkpoint is not None, args.license)
     card.save(folder / 'README.md')
@@ -98,7 +98,8 @@ def _read_labels(path: Path, num_classes: int) -> List[str]:
     except (OSError, UnicodeDecodeError) as e:
         raise CommandError(f'Cannot read the labels {path}: {e}') from e
     if len(names) != num_classes:
-        raise CommandError(f'{path} names {len(names)} classes, but the network has {num_classes}. Write one name a line.')
+        raise CommandError(
+            f'{path} names {len(names)} classes, but the network has {num_classes}. Write one name a line.')
     return names
 
 
@@ -124,7 +125,7 @@ def _check_token() -> None:
 
 
 def hub_errors() -> Tuple[Type[BaseException], ...]:
-    """Errors of the Hub client. It raises those of its HTTP library while transferring, which depends on its version."""
+    """Errors of the Hub client. While it transfers, they are those of its HTTP library, which its version decides."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return OSError, ValueError, SafetensorError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception)
@@ -159,13 +160,13 @@ def upload(folder: Path, repo_id: str, private: bool = False, force: bool = Fals
         if 'config.json' in files:
             try:
                 config = hf_hub_download(repo_id, 'config.json', revision=info.sha)  # the cache may have an older one
-                theirs = json.loads(Path(config).read_text())['architecture']
+                theirs = f"a {json.loads(Path(config).read_text())['architecture']}"
             except (ValueError, KeyError, TypeError):
-                theirs = "config.json that is not timm's"
+                theirs = "a config.json that is not timm's"
         elif files:
-            theirs = f'{len(files)} files without a config.json'
-        if theirs not in (None, ours) and not force:
-            raise CommandError(f'{repo_id} holds a {theirs}, not a {ours}. Choose another repository or use --force.')
+            theirs = f'{min(files)} without a config.json'
+        if theirs not in (None, f'a {ours}') and not force:
+            raise CommandError(f'{repo_id} holds {theirs}, not a {ours}. Choose another repository or use --force.')
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Add {ours}'))
     except hub_errors() as e:
         raise CommandError(f'The Hub refused {repo_id}: {first_line(e)}') from e
