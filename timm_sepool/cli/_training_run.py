@@ -179,7 +179,7 @@ def load_trained(
         # contiguous: a channels_last training saves its weights in that format, which safetensors refuses
         model.load_state_dict({k: v.contiguous() for k, v in state_dict.items()}, strict=True, assign=True)
     except RuntimeError as e:
-        raise CommandError(f'{checkpoint} does not fit {arch}: {" ".join(str(e).split())[:600]}{hint}') from e
+        raise CommandError(f'{checkpoint}: {" ".join(str(e).split())[:600]}{hint}') from e
     return TrainedModel(model, kwargs, run_args)
 
 
