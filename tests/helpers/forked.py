@@ -1,8 +1,8 @@
 """ Runs `timm-sepool` many times at the price of importing torch once, for tests of interrupts and broken outputs
 
 Started as `python forked.py`, it reads one case a line from stdin (JSON) and answers with one line. Each case runs in a
-fork of its own that has the modules, but not the work of other cases. It ends as a program does, through threads and
-exit handlers, but for the second and more that Python takes to free the modules (--full: with that too).
+fork of its own, which has the modules but not the work of other cases. The fork ends as a program does, through threads
+and exit handlers, but skips the second or more that Python takes to free the modules (not with --full).
 """
 import atexit
 import importlib
@@ -15,8 +15,11 @@ import tempfile
 import threading
 from typing import Any, Callable, Dict, Optional
 
-MODULES = ('cli.main', 'cli.hub', 'cli.quickstart', 'cli.bench', 'plot')
-TIMEOUT = 120
+MODULES = (
+    'timm_sepool.cli.main', 'timm_sepool.cli._training_run', 'timm_sepool.plot', 'torch.utils.flop_counter', 'timm.optim',
+    'timm.scheduler', 'timm.utils', 'matplotlib.figure', 'matplotlib.backends.backend_agg', 'sklearn.datasets',
+    'huggingface_hub.repocard', 'jinja2')
+TIMEOUT = 300
 
 
 def strike(target: str, number: int, action: Callable[[], Any], after: bool) -> None:
@@ -50,8 +53,8 @@ def strike(target: str, number: int, action: Callable[[], Any], after: bool) -> 
     setattr(owner, name, patched)
 
 
-def child(case: Dict[str, Any]) -> None:
-    """Turn into the process that a shell would start, with the faults of the case."""
+def prepare(case: Dict[str, Any]) -> None:
+    """Turn a fork into the process that a shell would start, with the faults of the case."""
     os.setsid()
     signal.alarm(TIMEOUT)  # ends what hangs
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -64,12 +67,8 @@ def child(case: Dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case['fsize'],) * 2)
     for target, number, what, after in case['strikes']:
         if what.startswith('SIG'):
-            def action(what=what):
-                signal.raise_signal(getattr(signal, what))
-        else:
-            def action(what=what):
-                exec(what, {'os': os, 'sys': sys})
-        strike(target, number, action, after)
+            what = f'import signal; signal.raise_signal(signal.{what})'
+        strike(target, number, lambda what=what: exec(what, {'os': os, 'sys': sys}), after)
     for name in case['missing']:
         for loaded in [m for m in sys.modules if m == name or m.startswith(f'{name}.')]:
             del sys.modules[loaded]
@@ -100,13 +99,10 @@ def serve() -> Optional[Dict[str, Any]]:
 
 if __name__ == '__main__':
     for module in MODULES:
-        importlib.import_module(f'timm_sepool.{module}')
-    importlib.import_module('matplotlib.figure')
-    importlib.import_module('matplotlib.backends.backend_agg')
-    importlib.import_module('sklearn.datasets')
+        importlib.import_module(module)
     case = serve()
     if case is not None:
-        child(case)
+        prepare(case)
         from timm_sepool.cli.main import main
         if os.environ['TIMM_SEPOOL_FULL_TESTS']:
             sys.exit(main())
