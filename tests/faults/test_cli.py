@@ -20,81 +20,54 @@ from helpers.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = {'SIGINT': (130, 'interrupted\n'), 'SIGTERM': (143, 'terminated\n')}
-TINY_ARGS = ['--model-kwargs', 'layers=(1,1,1,1)', 'channels=(16,32,64,128)']
-CHECKPOINT = [
-    '--checkpoint', '../in/net.pth', '--img-size', '64', '--interpolation', 'bilinear', '--crop-pct', '1',
-    '--mean', '.5', '.5', '.5', '--std', '.5', '.5', '.5', *TINY_ARGS]
+TINY_ARGS = '--model-kwargs layers=(1,1,1,1) channels=(16,32,64,128)'
+CHECKPOINT = (
+    '--checkpoint ../in/net.pth --img-size 64 --interpolation bilinear --crop-pct 1 --mean .5 .5 .5 --std .5 .5 .5 '
+    + TINY_ARGS)
 RENAME = 'timm_sepool.cli._output:_rename'
-BEFORE, AFTER = False, True
+WRITTEN = ['safetensors.torch:save_file', 'safetensors.torch:save_file after']
+DRAWN = ['matplotlib.figure:Figure.savefig', 'matplotlib.figure:Figure.savefig after', RENAME, 'os:link after']
+EXPORTED = [
+    'timm_sepool.cli._training_run:load_trained after', 'timm_sepool.cli.push:save_folder after',
+    'huggingface_hub:ModelCard.save after']
 
 
-class Command(NamedTuple):
-    argv: List[str]
-    outputs: List[str]
-    points: List[Tuple[str, int, bool]]  # where it is interrupted: function, number of the call, before or after it
+class Command:
+    def __init__(self, argv: str, outputs: str, points: List[str]) -> None:
+        self.argv, self.outputs = argv.split(), outputs.split()
+        self.points = points  # where it is interrupted, see `forked.strike`
 
 
 COMMANDS = {
     'quickstart': Command(
-        ['quickstart', '--epochs', '1', '--out', 'out'],
-        ['out', 'out/config.json', 'out/digit.png', 'out/model.safetensors'],
-        [
-            ('timm_sepool.cli.quickstart:load_digits', 1, BEFORE), ('torch.autograd:backward', 5, AFTER),
-            ('torch.optim:SGD.step', 5, BEFORE), ('safetensors.torch:save_file', 1, BEFORE),
-            ('safetensors.torch:save_file', 1, AFTER), ('pathlib:Path.write_text', 1, BEFORE), (RENAME, 1, BEFORE),
-            (RENAME, 1, AFTER)]),
+        'quickstart --epochs 1 --out out', 'out out/config.json out/digit.png out/model.safetensors', [
+            'timm_sepool.cli.quickstart:load_digits', 'torch.autograd:backward 9 after', 'torch.optim:SGD.step 5',
+            *WRITTEN, 'pathlib:Path.write_text', f'{RENAME} after']),
     'convert': Command(
-        ['convert', '../in/net.pth', 'out.safetensors', '--model', 'rgse_resnet50', *TINY_ARGS],
-        ['out.safetensors'],
-        [
-            ('timm_sepool.cli._arguments:ModelKwargs.__call__', 1, BEFORE),
-            ('timm_sepool.cli._training_run:load_checkpoint', 1, BEFORE), ('torch:load', 1, AFTER),
-            ('safetensors.torch:save_file', 1, BEFORE), ('safetensors.torch:save_file', 1, AFTER), (RENAME, 1, BEFORE),
-            ('os:link', 1, AFTER)]),
+        f'convert ../in/net.pth out.safetensors --model rgse_resnet50 {TINY_ARGS}', 'out.safetensors', [
+            'timm_sepool.cli._arguments:ModelKwargs.__call__', 'timm_sepool.cli._training_run:load_checkpoint',
+            'torch:load after', *WRITTEN, RENAME, 'os:link after']),
     'push': Command(
-        ['push', 'rgse_resnet50', '--repo-id', 'user/fault', *CHECKPOINT],
-        [],
-        [
-            ('timm_sepool.cli._training_run:load_trained', 1, AFTER), ('timm_sepool.cli.push:save_folder', 1, AFTER),
-            ('huggingface_hub:ModelCard.save', 1, AFTER), ('huggingface_hub:HfApi.create_repo', 1, AFTER),
-            ('huggingface_hub:HfApi.model_info', 1, AFTER), ('huggingface_hub:HfApi.upload_folder', 1, BEFORE)]),
+        f'push rgse_resnet50 --repo-id user/fault {CHECKPOINT}', '', [
+            *EXPORTED, 'huggingface_hub:HfApi.create_repo after', 'huggingface_hub:HfApi.model_info after',
+            'huggingface_hub:HfApi.upload_folder']),
     'push_dry_run': Command(
-        ['push', 'rgse_resnet50', '--repo-id', 'user/fault', '--dry-run', 'out', *CHECKPOINT],
-        ['out', 'out/README.md', 'out/config.json', 'out/model.safetensors'],
-        [
-            ('timm_sepool.cli._training_run:load_trained', 1, AFTER), ('timm_sepool.cli.push:save_folder', 1, AFTER),
-            ('huggingface_hub:ModelCard.save', 1, AFTER), (RENAME, 1, BEFORE), ('os:rename', 1, AFTER)]),
+        f'push rgse_resnet50 --repo-id user/fault --dry-run out {CHECKPOINT}',
+        'out out/README.md out/config.json out/model.safetensors', [*EXPORTED, RENAME, 'os:rename after']),
     'bench': Command(
-        [
-            'bench', 'rgse_resnet50', '--mode', 'infer', '-b', '1', '--img-size', '32', '--rounds', '1', '--plot',
-            'out.png', *TINY_ARGS],
-        ['out.png'],
-        [
-            ('timm_sepool.cli._timing:create_network', 2, AFTER), ('timm_sepool.cli._timing:interleave', 1, BEFORE),
-            ('matplotlib.figure:Figure.savefig', 1, BEFORE), ('matplotlib.figure:Figure.savefig', 1, AFTER),
-            (RENAME, 1, BEFORE), ('os:link', 1, AFTER)]),
+        f'bench rgse_resnet50 --mode infer -b 1 --img-size 32 --rounds 1 --plot out.png {TINY_ARGS}', 'out.png',
+        ['timm_sepool.cli._timing:create_network 2 after', 'timm_sepool.cli._timing:interleave', *DRAWN]),
     'plot': Command(
-        ['plot', 'kernels', 'rgse_resnet50', '--out', 'out.png', *CHECKPOINT],
-        ['out.png'],
-        [
-            ('timm_sepool.cli.plot:load_model', 1, BEFORE), ('timm_sepool.plot:plot_kernels', 1, AFTER),
-            ('matplotlib.figure:Figure.savefig', 1, BEFORE), ('matplotlib.figure:Figure.savefig', 1, AFTER),
-            (RENAME, 1, BEFORE), ('os:link', 1, AFTER)]),
+        f'plot kernels rgse_resnet50 --out out.png {CHECKPOINT}', 'out.png',
+        ['timm_sepool.cli.plot:load_model', 'timm_sepool.plot:plot_kernels after', *DRAWN]),
     'imagefolder': Command(
-        ['imagefolder', '../in/list.txt', '../in/images', 'out'],
-        [
-            'out', 'out/000000', 'out/000000/0000001_a.png', 'out/000002', 'out/000002/0000002_b.png',
-            'out/class_map.txt'],
-        [
-            ('pathlib:Path.read_text', 1, AFTER), ('pathlib:Path.symlink_to', 1, BEFORE),
-            ('pathlib:Path.symlink_to', 2, AFTER), ('pathlib:Path.write_text', 1, AFTER), (RENAME, 1, BEFORE),
-            ('os:rename', 1, AFTER)]),
-    'cards': Command(
-        ['cards', 'out'],
-        [],
-        [
-            ('timm_sepool.cli.cards:default_cards', 1, BEFORE), ('timm_sepool.cli.cards:model_card', 2, AFTER),
-            ('pathlib:Path.write_text', 3, AFTER)]),
+        'imagefolder ../in/list.txt ../in/images out',
+        'out out/000000 out/000000/0000001_a.png out/000002 out/000002/0000002_b.png out/class_map.txt', [
+            'pathlib:Path.read_text after', 'pathlib:Path.symlink_to', 'pathlib:Path.symlink_to 2 after',
+            'pathlib:Path.write_text after', RENAME, 'os:rename after']),
+    'cards': Command('cards out', '', [
+        'timm_sepool.cli.cards:default_cards', 'pathlib:Path.write_text 3 after',
+        'timm_sepool.cli.cards:model_card 2 after']),
 }
 IMAGEFOLDER = COMMANDS['imagefolder']
 
@@ -119,28 +92,13 @@ class Runner:
             folder.mkdir()
         (case / 'in').symlink_to(self.root / 'in')
 
-    def __call__(
-            self,
-            argv: Sequence[str],
-            *strikes: Tuple[str, int, str, bool],
-            missing: Sequence[str] = (),
-            fsize: int = 0,
-            uid: Optional[int] = None,
-    ) -> Result:
-        """Run in a fork.
-
-        Args:
-            argv: The command's arguments.
-            *strikes: Function, number of the call, signal or code, before or after the call.
-            missing: Modules that cannot be imported.
-            fsize: Largest file (bytes) that can be written.
-            uid: User.
-        """
+    def __call__(self, argv: Sequence[str], *strikes: Tuple[str, str], **faults: Any) -> Result:
+        """Run in a fork: strikes are where and what, a signal or code; for the faults see `forked.prepare`."""
         out, err = self.root / 'stdout', self.root / 'stderr'
         out.write_text('')
-        self.process.stdin.write(json.dumps(dict(
-            argv=argv, strikes=strikes, missing=missing, fsize=fsize, uid=uid, cwd=str(self.cwd), tmp=str(self.tmp),
-            stdout=str(out), stderr=str(err))) + '\n')
+        folders = dict(cwd=str(self.cwd), tmp=str(self.tmp), stdout=str(out), stderr=str(err))
+        case = dict(argv=argv, strikes=strikes, **folders, **faults)
+        self.process.stdin.write(json.dumps(case) + '\n')
         self.process.stdin.flush()
         code, left = json.loads(self.process.stdout.readline())
         return Result(code, out.read_text(errors='replace'), err.read_text(), left)
@@ -203,16 +161,14 @@ def timm_sepool(forks: Runner, hub: HubServer) -> Runner:
 # --- signals
 
 @pytest.mark.parametrize('command,point,name', [
-    pytest.param(
-        command, point, name, id=f'{command}-{point[0].split(":")[1]}-{"after" if point[2] else "before"}-{name}')
-    for command, (_, _, points) in COMMANDS.items() for i, point in enumerate(points) for name in SIGNALS
+    (command, point, name)
+    for command in COMMANDS for i, point in enumerate(COMMANDS[command].points) for name in SIGNALS
     if FULL or i % 2 == 0 and (name == 'SIGINT' or i == 2)])
-def test_signal(timm_sepool: Runner, hub: HubServer, command: str, point: Tuple[str, int, bool], name: str) -> None:
+def test_signal(timm_sepool: Runner, hub: HubServer, command: str, point: str, name: str) -> None:
     """Usual exit code, one line, no process left; nothing is written, or all of it if it was just renamed."""
-    target, number, after = point
-    result = timm_sepool(COMMANDS[command].argv, (target, number, name, after))
+    result = timm_sepool(COMMANDS[command].argv, (point, name))
     assert (result.code, result.err, result.left) == (*SIGNALS[name], False), result
-    complete = after and target in (RENAME, 'os:link', 'os:rename')
+    complete = point in (f'{RENAME} after', 'os:link after', 'os:rename after')
     assert timm_sepool.files() == (COMMANDS[command].outputs if complete else [])
     assert not hub.repos.get(('model', 'user/fault'))  # no file, if the repository was created
 
@@ -223,20 +179,21 @@ def test_signal(timm_sepool: Runner, hub: HubServer, command: str, point: Tuple[
 def test_second_signal(timm_sepool: Runner, command: str, second: str) -> None:
     """While the first is cleaned up after: what is left of that is done at exit."""
     target = RENAME if command != 'push' else 'huggingface_hub:HfApi.create_repo'
-    result = timm_sepool(COMMANDS[command].argv, (target, 1, 'SIGINT', BEFORE), ('os:rmdir', 1, second, BEFORE))
+    result = timm_sepool(COMMANDS[command].argv, (target, 'SIGINT'), ('os:rmdir', second))
     assert (result.code, result.err, result.left) == (*SIGNALS[second], False), result
     assert timm_sepool.files() == []
 
 
 @pytest.mark.parametrize('command,fault', [
     (command, fault) for command in COMMANDS for fault in ('SIGINT', 'SIGTERM', 'SIGKILL')
-    if command != 'cards' and (FULL or fault == {'convert': 'SIGINT', 'push': 'SIGTERM'}.get(command, 'SIGKILL'))])
+    if command != 'cards' and (
+        FULL or fault == dict(quickstart=None, convert='SIGINT', push='SIGTERM').get(command, 'SIGKILL'))])
 def test_next_call(timm_sepool: Runner, hub: HubServer, command: str, fault: str) -> None:
     """The same call works after one that was interrupted or killed."""
-    argv, outputs, _ = COMMANDS[command]
+    argv, outputs = COMMANDS[command].argv, COMMANDS[command].outputs
     target = RENAME if command != 'push' else 'huggingface_hub:HfApi.upload_folder'
     code = -9 if fault == 'SIGKILL' else SIGNALS[fault][0]
-    assert timm_sepool(argv, (target, 1, fault, BEFORE)).code == code
+    assert timm_sepool(argv, (target, fault)).code == code
     assert not set(outputs) & {p.name for p in timm_sepool.cwd.iterdir()}
     result = timm_sepool(argv)
     assert result.code == 0 and (command in ('push', 'bench') or not result.err.strip()), result  # these show progress
@@ -295,11 +252,11 @@ def test_streams(timm_sepool: Runner, argv: List[str], setup: str, unbuffered: b
 
 @pytest.mark.parametrize('strike,code', [
     # `timm-sepool quickstart | head -1`: not taken for a full disk, and nothing is written
-    (('torch.optim:SGD.step', 20, f'{UNREAD}; sys.stdout.reconfigure(write_through=True)', BEFORE), 141),
+    (('torch.optim:SGD.step 20', f'{UNREAD}; sys.stdout.reconfigure(write_through=True)'), 141),
     # the progress bar prints too
-    (('timm_sepool.cli.main:_prepare_streams', 1, 'sys.stdout = None', BEFORE), 0),
+    (('timm_sepool.cli.main:_prepare_streams', 'sys.stdout = None'), 0),
 ], ids=['unread', 'closed'])
-def test_streams_in_training(timm_sepool: Runner, strike: Tuple[str, int, str, bool], code: int) -> None:
+def test_streams_in_training(timm_sepool: Runner, strike: Tuple[str, str], code: int) -> None:
     result = timm_sepool(COMMANDS['quickstart'].argv, strike)
     assert (result.code, result.err) == (code, '') and (code or not result.out)
     assert timm_sepool.files() == ([] if code else COMMANDS['quickstart'].outputs)
@@ -321,15 +278,14 @@ def test_disk_full(timm_sepool: Runner, hub: HubServer, command: str) -> None:
 def test_folder_removed(timm_sepool: Runner, target: str, command: str) -> None:
     argv = [a.replace('out', 'sub/out') if a.startswith('out') else a for a in COMMANDS[command].argv]
     (timm_sepool.cwd / 'sub').mkdir()
-    result = timm_sepool(argv, (target, 1, 'import shutil; shutil.rmtree("sub")', BEFORE))
+    result = timm_sepool(argv, (target, 'import shutil; shutil.rmtree("sub")'))
     timm_sepool.failed(result, 'Cannot write sub/out', 'the directory sub does not exist', 'mkdir -p sub')
 
 
-@pytest.mark.parametrize('command', ['convert', 'imagefolder'])
-def test_current_folder_removed(timm_sepool: Runner, command: str) -> None:
-    argv = [a.replace('../in', str(timm_sepool.root / 'in')) for a in COMMANDS[command].argv]
-    remove = 'os.mkdir("x"); os.chdir("x"); os.rmdir("../x")'
-    timm_sepool.failed(timm_sepool(argv, ('timm_sepool.cli.main:_parser', 1, remove, BEFORE)), 'Cannot write out')
+def test_current_folder_removed(timm_sepool: Runner) -> None:
+    argv = [a.replace('../in', str(timm_sepool.root / 'in')) for a in IMAGEFOLDER.argv]
+    remove = ('timm_sepool.cli.main:_parser', 'os.mkdir("x"); os.chdir("x"); os.rmdir("../x")')
+    timm_sepool.failed(timm_sepool(argv, remove), 'Cannot write out')
 
 
 @pytest.mark.parametrize('command', [c for c in COMMANDS if c != 'push'])
@@ -338,7 +294,7 @@ def test_read_only_folder(timm_sepool: Runner, command: str) -> None:
     mode = timm_sepool.cwd.stat().st_mode
     timm_sepool.cwd.chmod(0o555)
     try:
-        work = ('safetensors.torch:save_file', 1, 'SIGKILL', BEFORE)
+        work = ('safetensors.torch:save_file', 'SIGKILL')
         # root may write whatever the mode
         result = timm_sepool(COMMANDS[command].argv, work, uid=65534 if os.geteuid() == 0 else None)
     finally:
@@ -361,7 +317,7 @@ name = next(n for n in os.listdir() if n.startswith('out'))
 with open('../inode', 'w') as f:
     f.write(str(os.stat(name).st_ino))
 """
-    result = timm_sepool(COMMANDS[command].argv, (RENAME, 1, second, BEFORE))
+    result = timm_sepool(COMMANDS[command].argv, (RENAME, second))
     assert result.code == 2 and 'already exists' in result.err, result
     assert timm_sepool.files() == COMMANDS[command].outputs
     out = timm_sepool.cwd / COMMANDS[command].outputs[0]
@@ -383,7 +339,7 @@ def test_no_hard_links(timm_sepool: Runner, exists: bool) -> None:
     code = 'def link(*args):\n    raise OSError(1, "no links")\nos.link = link'
     if exists:
         code += '\nopen("out.safetensors", "w").close()'
-    result = timm_sepool(COMMANDS['convert'].argv, (RENAME, 1, code, BEFORE))
+    result = timm_sepool(COMMANDS['convert'].argv, (RENAME, code))
     if exists:
         timm_sepool.failed(result, 'already exists', files=['out.safetensors'])
     assert result.code == 2 * exists and timm_sepool.files() == ['out.safetensors']

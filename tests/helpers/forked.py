@@ -16,21 +16,18 @@ import threading
 from typing import Any, Callable, Dict, Optional
 
 MODULES = (
-    'timm_sepool.cli.main', 'timm_sepool.cli._training_run', 'timm_sepool.plot', 'torch.utils.flop_counter', 'timm.optim',
+    'timm_sepool.cli.main', 'timm_sepool.cli._training_run', 'torch.utils.flop_counter', 'timm.optim',
     'timm.scheduler', 'timm.utils', 'matplotlib.figure', 'matplotlib.backends.backend_agg', 'sklearn.datasets',
-    'huggingface_hub.repocard', 'jinja2')
+    'huggingface_hub.repocard', 'jinja2',
+    'encodings.utf_8_sig')  # the other user of a case may not be allowed to read Python's files
 TIMEOUT = 300
 
 
-def strike(target: str, number: int, action: Callable[[], Any], after: bool) -> None:
-    """Have an action happen at one call of a function.
-
-    Args:
-        target: 'module:function' or 'module:class.method'.
-        number: Which call, from 1.
-        action: What happens.
-        after: After the call instead of before it.
-    """
+def strike(where: str, action: Callable[[], Any]) -> None:
+    """Have an action happen at one call of a function: 'module:function[ number][ after]', by default before call 1."""
+    target, *options = where.split()
+    after = 'after' in options
+    number = next((int(option) for option in options if option.isdecimal()), 1)
     module, _, path = target.partition(':')
     owner = importlib.import_module(module)
     *parents, name = path.split('.')
@@ -54,7 +51,8 @@ def strike(target: str, number: int, action: Callable[[], Any], after: bool) -> 
 
 
 def prepare(case: Dict[str, Any]) -> None:
-    """Turn a fork into the process that a shell would start, with the faults of the case."""
+    """Turn a fork into the process that a shell would start, with the faults of the case: `strikes`, `fsize` (bytes
+    that a file can have), `missing` (modules that cannot be imported) and `uid` (another user)."""
     os.setsid()
     signal.alarm(TIMEOUT)  # ends what hangs
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,17 +61,17 @@ def prepare(case: Dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd, name in ((1, case['stdout']), (2, case['stderr'])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), fd)
-    if case['fsize']:
+    if 'fsize' in case:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case['fsize'],) * 2)
-    for target, number, what, after in case['strikes']:
+    for where, what in case['strikes']:
         if what.startswith('SIG'):
             what = f'import signal; signal.raise_signal(signal.{what})'
-        strike(target, number, lambda what=what: exec(what, {'os': os, 'sys': sys}), after)
-    for name in case['missing']:
+        strike(where, lambda what=what: exec(what, {'os': os, 'sys': sys}))
+    for name in case.get('missing', ()):
         for loaded in [m for m in sys.modules if m == name or m.startswith(f'{name}.')]:
             del sys.modules[loaded]
         sys.modules[name] = None
-    if case['uid'] is not None:
+    if case.get('uid') is not None:
         os.setuid(case['uid'])
     sys.argv = ['timm-sepool', *case['argv']]
 

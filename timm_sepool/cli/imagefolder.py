@@ -56,7 +56,7 @@ def _read_list(path: Path, images: Path) -> List[Tuple[int, str, Path]]:
             raise CommandError(f'{path}:{number}: expected "IMAGE LABEL" with a label from 0 to 999999, got {line!r}.')
         source = images / image
         if not source.is_file():
-            raise CommandError(f'{path}:{number}: the image {source} does not exist. Is {images} the right folder?')
+            raise CommandError(f'{path}:{number}: the image {source} does not exist. Is {images} the right directory?')
         samples.append((int(label), f'{number:07d}_{Path(image).name}', source.absolute()))
     if not samples:
         raise CommandError(f'{path} lists no images.')
