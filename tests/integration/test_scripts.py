@@ -143,8 +143,8 @@ def test_train_options(model: str, size: int, folder: Path) -> None:
     timm.create_model(model, num_classes=NUM_CLASSES, checkpoint_path=str(output / 'last.pth.tar'), **TINY)  # strict
 
 
-def test_after_training(hub: HubServer, folder: Path) -> None:
-    """Train from a plain ResNet on disk, average, convert, export, validate as train.py did, push, use."""
+def test_donor_on_disk(folder: Path) -> None:
+    """A plain ResNet's file is carried over by --pretrained-path. avg_checkpoints.py and `convert` read the result."""
     donor = realistic(timm.create_model('resnet50', num_classes=NUM_CLASSES, **TINY))
     torch.save(donor.state_dict(), folder / 'plain.pth')
     # strict, not converted
@@ -157,19 +157,9 @@ def test_after_training(hub: HubServer, folder: Path) -> None:
 
     averaged = output / 'averaged.pth'
     run(folder, 'avg_checkpoints.py', '--input', output, '--filter', 'checkpoint-*.pth.tar', '--output', averaged)
-    push = ['-m', 'timm_sepool', 'push', 'rgse_resnet50', '--repo-id', 'user/mine', '--checkpoint', averaged]
-    run(folder, *push, '--dry-run', 'export')
-    use = ['validate.py', *DATA, '--device', 'cpu', '--pretrained', '--model']
-    validated = result(run(folder, *use, 'local-dir:export', '--results-file', 'results.csv'))
-    assert validated['top1'] == pytest.approx(float(rows(output / 'summary.csv')[0]['eval_top1']), abs=1e-3)
     run(folder, '-m', 'timm_sepool', 'convert', averaged, 'mine.safetensors', '--model', 'rgse_resnet50')
-    assert validate(folder, 'mine.safetensors', *PREPROCESSING)['top1'] == validated['top1']
-    hub.repos.pop(('model', 'user/mine'), None)
-    run(folder, *push, '--metrics', 'results.csv')
-    assert f'value: {validated["top1"]}' in hub.repos['model', 'user/mine']['README.md'].decode()
-    used = result(run(folder, *use, 'hf-hub:user/mine'))
-    for key, value in dict(img_size=64, crop_pct=0.875, interpolation='bilinear', top1=validated['top1']).items():
-        assert used[key] == validated[key] == value
+    top1 = float(rows(output / 'summary.csv')[0]['eval_top1'])
+    assert validate(folder, 'mine.safetensors', *PREPROCESSING)['top1'] == pytest.approx(top1, abs=1e-3)
 
 
 def test_adopted(folder: Path) -> None:
