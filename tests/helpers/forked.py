@@ -1,8 +1,8 @@
 """ Runs `timm-sepool` many times at the price of importing torch once, for tests of interrupts and broken outputs
 
 Started as `python forked.py`, it reads one case a line from stdin (JSON) and answers with one line. Each case runs in a
-fork of its own that has the modules, but not the work of other cases. It ends as a program does, through threads and
-exit handlers, but for the second and more that Python takes to free the modules (--full: with that too).
+fork of its own, which has the modules but not the work of other cases. The fork ends as a program does, through threads
+and exit handlers, but skips the second or more that Python takes to free the modules (not with --full).
 """
 import atexit
 import importlib
@@ -15,19 +15,19 @@ import tempfile
 import threading
 from typing import Any, Callable, Dict, Optional
 
-MODULES = ('cli.main', 'cli.hub', 'cli.quickstart', 'cli._timing', 'cli.plot', 'plot')
-TIMEOUT = 120
+MODULES = (
+    'timm_sepool.cli.main', 'timm_sepool.cli._training_run', 'torch.utils.flop_counter', 'timm.optim',
+    'timm.scheduler', 'timm.utils', 'matplotlib.figure', 'matplotlib.backends.backend_agg', 'sklearn.datasets',
+    'huggingface_hub.repocard', 'jinja2',
+    'encodings.utf_8_sig')  # the other user of a case may not be allowed to read Python's files
+TIMEOUT = 300
 
 
-def strike(target: str, number: int, action: Callable[[], Any], after: bool) -> None:
-    """Have an action happen at one call of a function.
-
-    Args:
-        target: 'module:function' or 'module:class.method'.
-        number: Which call, from 1.
-        action: What happens.
-        after: After the call instead of before it.
-    """
+def strike(where: str, action: Callable[[], Any]) -> None:
+    """Have an action happen at one call of a function: 'module:function[ number][ after]', by default before call 1."""
+    target, *options = where.split()
+    after = 'after' in options
+    number = next((int(option) for option in options if option.isdecimal()), 1)
     module, _, path = target.partition(':')
     owner = importlib.import_module(module)
     *parents, name = path.split('.')
@@ -50,8 +50,9 @@ def strike(target: str, number: int, action: Callable[[], Any], after: bool) -> 
     setattr(owner, name, patched)
 
 
-def child(case: Dict[str, Any]) -> None:
-    """Turn into the process that a shell would start, with the faults of the case."""
+def prepare(case: Dict[str, Any]) -> None:
+    """Turn a fork into the process that a shell would start, with the faults of the case: `strikes`, `fsize` (bytes
+    that a file can have), `missing` (modules that cannot be imported) and `uid` (another user)."""
     os.setsid()
     signal.alarm(TIMEOUT)  # ends what hangs
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,21 +61,17 @@ def child(case: Dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd, name in ((1, case['stdout']), (2, case['stderr'])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), fd)
-    if case['fsize']:
+    if 'fsize' in case:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case['fsize'],) * 2)
-    for target, number, what, after in case['strikes']:
+    for where, what in case['strikes']:
         if what.startswith('SIG'):
-            def action(what=what):
-                signal.raise_signal(getattr(signal, what))
-        else:
-            def action(what=what):
-                exec(what, {'os': os, 'sys': sys})
-        strike(target, number, action, after)
-    for name in case['missing']:
+            what = f'import signal; signal.raise_signal(signal.{what})'
+        strike(where, lambda what=what: exec(what, {'os': os, 'sys': sys}))
+    for name in case.get('missing', ()):
         for loaded in [m for m in sys.modules if m == name or m.startswith(f'{name}.')]:
             del sys.modules[loaded]
         sys.modules[name] = None
-    if case['uid'] is not None:
+    if case.get('uid') is not None:
         os.setuid(case['uid'])
     sys.argv = ['timm-sepool', *case['argv']]
 
@@ -100,13 +97,10 @@ def serve() -> Optional[Dict[str, Any]]:
 
 if __name__ == '__main__':
     for module in MODULES:
-        importlib.import_module(f'timm_sepool.{module}')
-    importlib.import_module('matplotlib.figure')
-    importlib.import_module('matplotlib.backends.backend_agg')
-    importlib.import_module('sklearn.datasets')
+        importlib.import_module(module)
     case = serve()
     if case is not None:
-        child(case)
+        prepare(case)
         from timm_sepool.cli.main import main
         if os.environ['TIMM_SEPOOL_FULL_TESTS']:
             sys.exit(main())

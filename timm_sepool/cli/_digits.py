@@ -1,4 +1,4 @@
-""" scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels (UCI ML repository), split once """
+""" scikit-learn's handwritten digits, 1797 images of 8 x 8 pixels (UCI ML repository), with a fixed split """
 from typing import Any, List, Tuple
 
 from ._output import CommandError
@@ -7,8 +7,10 @@ NUM_HELD_OUT = 360
 
 
 def load_digits() -> Tuple[List[Any], Any]:
-    """The digits as PIL images (8 x 8, grey) and labels (N,), shuffled with a fixed seed. The last NUM_HELD_OUT are
-    for validation.
+    """Load the digits, shuffled with a fixed seed. The last NUM_HELD_OUT are for validation.
+
+    Returns:
+        PIL images (8 x 8, grey) and labels (N,).
 
     Raises:
         CommandError: If scikit-learn is not installed.

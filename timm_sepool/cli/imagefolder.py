@@ -1,16 +1,20 @@
-""" An official image list to a folder of links that timm's scripts read """
+""" Turns an image list, as the official code reads it, into a folder of links that timm's scripts read """
 import argparse
 from pathlib import Path
+from typing import List, Tuple
 
 from ._output import CommandError, new_path
 
 
 def add_parser(subparsers) -> None:
     """Add the command to the parser of `timm-sepool`."""
-    parser = subparsers.add_parser('imagefolder', help="an official image list to a folder that timm's scripts read")
-    parser.add_argument('list', type=Path, metavar='LIST', help='text file of lines "image label", labels from 0')
-    parser.add_argument('images', type=Path, metavar='IMAGES', help='folder that the listed images are relative to')
-    parser.add_argument('output', type=Path, metavar='OUT', help='folder of links to write, must not exist')
+    parser = subparsers.add_parser(
+        'imagefolder', help="turn an image list of the official code into a folder that timm's scripts read",
+        description="Turn an image list of the official code into a folder that timm's scripts read: one folder per "
+        'label, with a link to each image.')
+    parser.add_argument('list', type=Path, metavar='LIST', help='text file with a line "IMAGE LABEL" per image')
+    parser.add_argument('images', type=Path, metavar='IMAGES', help='directory that the image paths are relative to')
+    parser.add_argument('output', type=Path, metavar='OUT', help='directory to write, must not exist')
     parser.set_defaults(run=run)
 
 
@@ -25,17 +29,20 @@ def run(args: argparse.Namespace) -> None:
             (folder / name).symlink_to(source)
         has_gaps = len(labels) <= max(labels)
         if has_gaps:
-            # timm numbers the folders it finds: without a class map, labels after a gap would shift
+            # timm numbers the folders it finds, so labels after a gap would shift without a class map
             class_map = '\n'.join(f'{label:06d}' for label in range(max(labels) + 1))
             (temporary / 'class_map.txt').write_text(class_map + '\n')
     print(f'wrote {args.output}: {len(samples)} links in {len(labels)} classes')
     if has_gaps:
-        print(
-            f"Some labels below {max(labels)} have no image. Pass timm's scripts --class-map {args.output}/class_map.txt")
+        print(f'Some labels have no image. Pass --class-map {args.output}/class_map.txt to the scripts.')
 
 
-def _read_list(path: Path, images: Path) -> list:
-    """Label, name of the link and absolute path of every listed image."""
+def _read_list(path: Path, images: Path) -> List[Tuple[int, str, Path]]:
+    """Label, name of the link and absolute path of every listed image.
+
+    Raises:
+        CommandError: If the list cannot be read, has a line of another form, or lists an image that does not exist.
+    """
     try:
         lines = path.read_text(encoding='utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -46,10 +53,10 @@ def _read_list(path: Path, images: Path) -> list:
             continue
         image, label, *rest = line.split() + ['']
         if not label.isdecimal() or len(label) > 6 or any(rest):
-            raise CommandError(f'{path}:{number}: expected "image label" with a label from 0 to 999999, got {line!r}.')
+            raise CommandError(f'{path}:{number}: expected "IMAGE LABEL" with a label from 0 to 999999, got {line!r}.')
         source = images / image
         if not source.is_file():
-            raise CommandError(f'{path}:{number}: the image {source} does not exist. Is {images} the right folder?')
+            raise CommandError(f'{path}:{number}: the image {source} does not exist. Is {images} the right directory?')
         samples.append((int(label), f'{number:07d}_{Path(image).name}', source.absolute()))
     if not samples:
         raise CommandError(f'{path} lists no images.')

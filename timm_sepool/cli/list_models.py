@@ -1,4 +1,4 @@
-""" The models beside their plain, SE and CBAM peers """
+""" Prints the models beside their plain, SE and CBAM peers """
 import argparse
 import json
 
@@ -7,8 +7,11 @@ from ._models import TABLE
 
 def add_parser(subparsers) -> None:
     """Add the command to the parser of `timm-sepool`."""
-    parser = subparsers.add_parser('list', help='the models and their peers: parameters, GMACs, claimed errors')
-    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser = subparsers.add_parser(
+        'list', help='print the models and their peers: parameters, GMACs and the errors that the paper claims',
+        description='Print the models and their plain, SE and CBAM peers: parameters, GMACs, and the errors on '
+        'ImageNet-1k that the paper claims.')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.set_defaults(run=run)
 
 
@@ -24,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
             f'{name:<28}{row.family:<8}{row.params / 1e6:>11.2f}{row.gmacs:>8.3f}'
             f'{row.claimed_top1_err:>11.2f}{row.claimed_top5_err:>11.2f}')
     print(
-        '\nParameters and GMACs (multiply-adds of convolutions and matrix products at 224 px) were computed with this\n'
-        "package. SPSE's GMACs include building its kernels where a grid does not divide the map, once per batch.\n"
+        '\nParameters and GMACs (multiply-adds of convolutions and matrix products for one image of 224 x 224) were\n'
+        "counted on these networks. SPSE's GMACs include building its kernels where a grid does not divide the map,\n"
+        'which happens once per batch.\n'
         "The errors (%, ImageNet-1k, single crop) are the paper's claims (Jin et al. 2022), not reproduced here.\n"
         "NAME + cbam is timm.create_model(NAME, block_args=dict(attn_layer='cbam')).")

@@ -1,7 +1,7 @@
-""" The command `timm-sepool`: its parser, its exit codes and its signals
+""" The command `timm-sepool`: parser, exit codes and signals
 
-Bad input to a command is one line on stderr and exit code 2. A command writes its output under a temporary name first,
-so nothing is left half-written. `--help` imports neither torch nor timm: the commands import them as they run.
+Bad input to a command ends in one line on stderr and exit code 2. A command writes its output under a temporary name
+first, so nothing is left half-written. The commands import torch and timm only as they run, so `--help` is fast.
 """
 import argparse
 import io
@@ -19,7 +19,7 @@ from ._output import CommandError
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='timm-sepool',
-        description="SPSE and RGSE networks for timm. Train and validate them with timm's own train.py and validate.py.",
+        description="SPSE and RGSE networks for timm. To train and validate them, use timm's train.py and validate.py.",
     )
     parser.add_argument('--version', action='version', version=f'timm_sepool {__version__}')
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, after which a command cleans up as after Ctrl-C."""
+    """Raised on SIGTERM. A command cleans up as after Ctrl-C."""
 
 
 def _raise_terminated(signum, frame) -> None:
@@ -37,7 +37,7 @@ def _raise_terminated(signum, frame) -> None:
 
 
 def _prepare_streams() -> None:
-    """Replace streams that were closed (`>&-`), and have characters that an encoding lacks printed as escapes."""
+    """Replace streams that were closed (`>&-`), and print characters that the encoding lacks as escapes."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is None:
@@ -47,7 +47,7 @@ def _prepare_streams() -> None:
 
 
 def _flush_stdout() -> None:
-    """Print what is buffered. If that fails, drop it: Python would try to print it again as it exits."""
+    """Print what is buffered. If that fails, drop it, or Python would try to print it again at exit."""
     try:
         sys.stdout.flush()
     except OSError as e:
@@ -55,7 +55,7 @@ def _flush_stdout() -> None:
             os.dup2(devnull.fileno(), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):
             raise
-        raise CommandError(f'Cannot print the result: {e}. Free some disk space or redirect the output elsewhere.') from e
+        raise CommandError(f'Cannot print the result: {e}. Free some disk space or redirect the output.') from e
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -69,7 +69,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     _prepare_streams()
     catches_sigterm = (
-        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a caller may ignore or catch it
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # leave a caller's own handler in place
         and threading.current_thread() is threading.main_thread())
     if catches_sigterm:
         signal.signal(signal.SIGTERM, _raise_terminated)
@@ -83,7 +83,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             _flush_stdout()
     except BrokenPipeError:  # `timm-sepool list | head`
         return 141
-    except (CommandError, OSError) as e:  # an OSError comes from print, or from a system at its limits
+    except (CommandError, OSError) as e:  # OSError: from print, or because the system is out of files or memory
         message = ' '.join(str(e).splitlines())  # a path may hold a newline
         print(f'timm-sepool{command}: error: {message}', file=sys.stderr)
         return 2
