@@ -16,7 +16,8 @@ import threading
 from typing import Any, Callable, Dict, Optional
 
 MODULES = (
-    'timm_sepool.cli.main', 'timm_sepool.cli._training_run', 'torch.utils.flop_counter', 'timm.optim',
+    'timm_sepool.cli.main', 'timm_sepool.cli._training_run', 'timm_sepool.cli._timing', 'timm_sepool.plot',
+    'torch.utils.flop_counter', 'timm.optim',
     'timm.scheduler', 'timm.utils', 'matplotlib.figure', 'matplotlib.backends.backend_agg', 'sklearn.datasets',
     'huggingface_hub.repocard', 'jinja2',
     'encodings.utf_8_sig')  # the other user of a case may not be allowed to read Python's files

@@ -41,7 +41,11 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, save, load and predict, then print what to do next."""
+    """Train, save, load and predict, then print what to do next.
+
+    Raises:
+        CommandError: If an option is invalid, the output cannot be written, or scikit-learn or tqdm is missing.
+    """
     arch = check_model(args.model)
     if arch == 'adopted':
         raise CommandError('The quickstart cannot train adopted networks. Choose an rgse_ or spse_ model.')
@@ -49,41 +53,8 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f'--epochs must be at least 1, got {args.epochs}.')
     if not 0 <= args.seed < 2 ** 32:
         raise CommandError(f'--seed must be from 0 to 2**32 - 1, got {args.seed}.')
-    out = args.out
-    if out is None:
-        names = (f'sepool_quickstart{f"-{i}" if i > 1 else ""}' for i in count(1))
-        out = next(path for path in map(Path, names) if not path.exists())
-    quickstart(arch, out, args.epochs, args.seed)
-    print(_next_steps(arch, out))
-
-
-def top1(model: Any, images: Any, labels: Any) -> float:
-    """Top-1 accuracy (%) of the model in eval mode on images (N, C, H, W)."""
-    import torch
-
-    from timm.utils import accuracy
-
-    model.eval()
-    with torch.inference_mode():
-        logits = torch.cat([model(batch) for batch in images.split(256)])
-    return accuracy(logits, labels)[0].item()
-
-
-def quickstart(arch: str, out: Path, epochs: int = 12, seed: int = 0) -> float:
-    """Train on the digits, save the network, load it back and predict, and print each step.
-
-    Args:
-        arch: Architecture, built with MODEL_ARGS.
-        out: Directory to write, must not exist.
-        epochs: Passes over the 1437 training images.
-        seed: Seed of the initialization and of the batches. The split of the data is fixed.
-
-    Returns:
-        Top-1 accuracy (%) on the 360 held-out images, of the network loaded back from the directory.
-
-    Raises:
-        CommandError: If out exists or cannot be written, or scikit-learn or tqdm is missing.
-    """
+    names = (f'sepool_quickstart{f"-{i}" if i > 1 else ""}' for i in count(1))
+    out = args.out or next(path for path in map(Path, names) if not path.exists())
     try:
         from tqdm import tqdm
     except ImportError as e:
@@ -103,7 +74,7 @@ def quickstart(arch: str, out: Path, epochs: int = 12, seed: int = 0) -> float:
     torch.set_num_threads(1)
     start = time.perf_counter()
     with new_path(out) as folder:
-        random_seed(seed)
+        random_seed(args.seed)
         model = create_model(arch, pretrained_cfg_overlay=DATA_CFG, **MODEL_ARGS)
         pil_images, labels = load_digits()
         transform = create_transform(**resolve_model_data_config(model))
@@ -111,17 +82,17 @@ def quickstart(arch: str, out: Path, epochs: int = 12, seed: int = 0) -> float:
         num_train = len(images) - NUM_HELD_OUT
         loader = DataLoader(
             TensorDataset(images[:num_train], labels[:num_train]), batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
-        num_steps = epochs * len(loader)
         # the validation after each epoch takes about as long as two steps
-        estimate = (num_steps + 2 * epochs) * _seconds_per_step(model, images[:BATCH_SIZE], labels[:BATCH_SIZE])
-        num_params = sum(p.numel() for p in model.parameters())
+        num_steps = args.epochs * (len(loader) + 2)
+        estimate = num_steps * _seconds_per_step(model, images[:BATCH_SIZE], labels[:BATCH_SIZE])
         print(
-            f'Training a small {arch} ({num_params / 1e6:.2f} M parameters) for {epochs} epochs on {num_train} '
-            f'handwritten digits. This takes about {max(estimate, 1):.0f} s.', flush=True)
+            f'Training a small {arch} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) for '
+            f'{args.epochs} epochs on {num_train} handwritten digits. This takes about {max(estimate, 1):.0f} s.',
+            flush=True)
 
         optimizer = create_optimizer_v2(model, opt='sgd', lr=LR, momentum=0.9, weight_decay=5e-4)
-        scheduler, epochs = create_scheduler_v2(optimizer, sched='cosine', num_epochs=epochs, warmup_epochs=0)
-        with tqdm(total=num_steps, unit='step', disable=None) as progress:  # None: only on a terminal
+        scheduler, epochs = create_scheduler_v2(optimizer, sched='cosine', num_epochs=args.epochs, warmup_epochs=0)
+        with tqdm(total=epochs * len(loader), unit='step', disable=None) as progress:  # None: only on a terminal
             for epoch in range(epochs):
                 model.train()
                 for x, y in loader:
@@ -143,7 +114,19 @@ def quickstart(arch: str, out: Path, epochs: int = 12, seed: int = 0) -> float:
     acc = top1(model, torch.stack([transform(image) for image in pil_images[num_train:]]), labels[num_train:])
     print(f'\ntop-1 {acc:.2f} % on {NUM_HELD_OUT} held-out digits, {seconds:.1f} s\n'
           f'wrote {out}/ (model.safetensors, config.json, and digit.png, a held-out {int(labels[num_train])})')
-    return acc
+    print(_next_steps(arch, out))
+
+
+def top1(model: Any, images: Any, labels: Any) -> float:
+    """Top-1 accuracy (%) of the model in eval mode on images (N, C, H, W)."""
+    import torch
+
+    from timm.utils import accuracy
+
+    model.eval()
+    with torch.inference_mode():
+        logits = torch.cat([model(batch) for batch in images.split(256)])
+    return accuracy(logits, labels)[0].item()
 
 
 def _seconds_per_step(model: Any, images: Any, labels: Any) -> float:
