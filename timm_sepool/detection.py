@@ -83,7 +83,7 @@ def _build(
     if freeze_bn:
         body = freeze_batch_norm_2d(body)
     if trainable_layers < 5:
-        # children are in the order of use, and a stage ends at the child that returns its features, the stem just before
+        # children are in the order of use: the stem, then four stages that end at the child that returns their features
         children = [name for name, _ in body.named_children()]
         ends = [children.index(name) + 1 for name in body.return_layers]
         freeze(body, children[:[ends[0] - 1, *ends][4 - trainable_layers]])
