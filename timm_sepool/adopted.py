@@ -17,19 +17,8 @@ from typing import Any, Collection, Dict, List, Optional, Tuple, Union
 import torch
 from torch import nn
 
+from timm import models
 from timm.layers import SEModule, get_attn, to_2tuple
-from timm.models import (
-    PretrainedCfg,
-    create_model,
-    generate_default_cfgs,
-    get_arch_name,
-    get_pretrained_cfg,
-    is_model,
-    load_pretrained,
-    load_state_dict,
-    register_model,
-    resolve_pretrained_cfg,
-)
 from timm.models.senet import SEModule as SENetSEModule
 
 from . import squeeze as squeeze_layers  # the module, not its names: it may be half-imported while it waits for timm
@@ -66,12 +55,7 @@ class SPSqueeze(nn.Module):
     """Global average plus a weighted sum of the averages over grids of 1x1, 2x2 and 4x4 cells."""
 
     def __init__(self, channels: int, device=None, dtype=None):
-        """
-        Args:
-            channels: Number of input channels.
-            device: Device to place tensors on.
-            dtype: Data type for tensors.
-        """
+        """Arguments as of `RGSqueeze`."""
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.weight1 = nn.Parameter(torch.empty(channels, 1, 1, 1, **dd))
@@ -80,7 +64,6 @@ class SPSqueeze(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weights to zero: the squeeze is the global average."""
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
@@ -106,7 +89,6 @@ class AdoptedSqueezeExcite(SqueezeExcite):
     """The SE module of timm's EfficientNets and MobileNets, its mean replaced by the submodule `squeeze`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale x (B, C, H, W) by its gate, same shape."""
         x_se = self.act1(self.conv_reduce(self.squeeze(x)))
         return x * self.gate(self.conv_expand(x_se))
 
@@ -115,7 +97,6 @@ class AdoptedSENetSEModule(SENetSEModule):
     """The SE module of timm's SENets, its mean replaced by the submodule `squeeze`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale x (B, C, H, W) by its gate, same shape."""
         x_se = self.relu(self.fc1(self.squeeze(x)))  # type: ignore[operator]
         return x * self.sigmoid(self.fc2(x_se))
 
@@ -141,36 +122,28 @@ def _se_modules(model: nn.Module) -> Dict[Any, torch.Tensor]:
         if type(module) not in _ADOPTED or 'forward' in vars(module):
             raise ValueError(
                 f'{where} and has a forward of its own, which adopt would replace. Adopt a model with the unchanged '
-                'SEModule or SqueezeExcite of timm.'
-            )
+                'SEModule or SqueezeExcite of timm.')
         layer_name = 'conv_reduce' if isinstance(module, SqueezeExcite) else 'fc1'
         layer = getattr(module, layer_name)
         if not isinstance(layer, nn.Conv2d) or not layer.weight.is_floating_point():
             raise ValueError(
                 f'{path}.{layer_name} of {name} is of class {type(layer).__name__}, not a Conv2d with floating-point '
-                'weights. Adopt the model first, then wrap (LoRA), quantize or replace its layers.'
-            )
+                'weights. Adopt the model first, then wrap (LoRA), quantize or replace its layers.')
         found[module] = layer.weight
     if not found:
-        not_se = ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat')  # timm's other attention layers
-        classes = tuple(get_attn(attn) for attn in not_se)
-        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, classes)})
+        not_se = tuple(map(get_attn, ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat')))
+        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, not_se)})
         raise ValueError(
             f"{name} has no SE block to adopt{', only ' if others else ''}{', '.join(others)}. Choose a model with "
-            "timm's SEModule or SqueezeExcite, for example seresnet50, regnety_032 or efficientnet_b0."
-        )
+            "timm's SEModule or SqueezeExcite, for example seresnet50, regnety_032 or efficientnet_b0.")
     return found
 
 
-def _map_sizes(model: nn.Module, modules: Collection[Any], input_size: Tuple[int, ...]) -> Dict[Any, Tuple[int, int]]:
+def _map_sizes(model: nn.Module, modules: Collection[Any], input_size: Tuple[int, ...]) -> Dict[Any, torch.Size]:
     """Input height and width of each module, from a forward on the meta device that leaves the model as it is."""
-    sizes: Dict[Any, Tuple[int, int]] = {}
-
-    def _record(module: nn.Module, args: Tuple[torch.Tensor]) -> None:
-        sizes[module] = (args[0].shape[-2], args[0].shape[-1])
-
+    sizes: Dict[Any, torch.Size] = {}
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [module.register_forward_pre_hook(_record) for module in modules]
+    hooks = [se.register_forward_pre_hook(lambda m, args: sizes.update({m: args[0].shape[-2:]})) for se in modules]
     try:
         # by module and untied: functional_call would not restore the tensors of a module that is registered twice
         tensors = {
@@ -185,8 +158,8 @@ def _map_sizes(model: nn.Module, modules: Collection[Any], input_size: Tuple[int
     except Exception as e:  # any model's forward may raise anything at a size that it does not take
         raise ValueError(
             f'Cannot run {type(model).__name__} at input_size={tuple(input_size)} to find the sizes of its maps '
-            f"({type(e).__name__}: {e}). Pass an input_size=(channels, height, width) that it takes, or squeeze='spse'."
-        ) from e
+            f"({type(e).__name__}: {e}). Pass an input_size=(channels, height, width) that it takes, or "
+            "squeeze='spse'.") from e
     finally:
         for hook in hooks:
             hook.remove()
@@ -196,8 +169,7 @@ def _map_sizes(model: nn.Module, modules: Collection[Any], input_size: Tuple[int
         if module in modules and module not in sizes:
             raise ValueError(
                 f"The forward of {type(model).__name__} does not run {path}, so the size of its map is unknown. Adopt "
-                "the whole model, or use squeeze='spse'."
-            )
+                "the whole model, or use squeeze='spse'.")
     return sizes
 
 
@@ -224,25 +196,22 @@ def adopt(model: nn.Module, squeeze: str = 'rgse', input_size: Optional[Tuple[in
     cfg: Any = getattr(model, 'pretrained_cfg', None)
     cfg = cfg if isinstance(cfg, dict) else {}
     if input_size is None:
-        chans, *size = cfg.get('input_size', PretrainedCfg.input_size)
+        chans, *size = cfg.get('input_size', models.PretrainedCfg.input_size)
         input_size = (getattr(model, 'in_chans', chans), *size)
-    local_squeezes: Dict[Any, nn.Module]
     if squeeze == 'spse':
-        local_squeezes = {m: SPSqueeze(w.shape[1], w.device, w.dtype) for m, w in weights.items()}
+        squeezes: Dict[Any, nn.Module] = {m: SPSqueeze(w.shape[1], w.device, w.dtype) for m, w in weights.items()}
     else:
         # a map that is not square gets the grid of the square with its area
         sizes = _map_sizes(model, weights, input_size)
         grids = {module: max(1, round((height * width) ** 0.5 / 7)) for module, (height, width) in sizes.items()}
-        local_squeezes = {
-            m: RGSqueeze(w.shape[1], grids[m], w.device, w.dtype) for m, w in weights.items() if grids[m] > 1}
-        if not local_squeezes:
+        squeezes = {m: RGSqueeze(w.shape[1], grids[m], w.device, w.dtype) for m, w in weights.items() if grids[m] > 1}
+        if not squeezes:
             raise ValueError(
                 f'No SE block of {type(model).__name__} has a map larger than 10 x 10 at input_size='
-                f"{tuple(input_size)}, so every grid would be 1 x 1. Use squeeze='spse' or a larger input_size."
-            )
+                f"{tuple(input_size)}, so every grid would be 1 x 1. Use squeeze='spse' or a larger input_size.")
 
     # nothing fails from here on, so that no model is left half adopted
-    for module, local_squeeze in local_squeezes.items():
+    for module, local_squeeze in squeezes.items():
         module.squeeze = local_squeeze.train(module.training)
         module.__class__ = _ADOPTED[type(module)]
     if cfg:
@@ -261,18 +230,16 @@ def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module)
     if theirs != ours:
         raise RuntimeError(
             f'The checkpoint has {len(theirs)} squeeze weights ({", ".join(theirs[:1])}), this adopted model has '
-            f'{len(ours)} ({", ".join(ours[:1])}). Use the base, squeeze and input_size that it was trained with.'
-        )
+            f'{len(ours)} ({", ".join(ours[:1])}). Use the base, squeeze and input_size that it was trained with.')
     return state_dict
-
-
-def _name_in_extractor(name: str) -> str:
-    """The same name in a model and in timm's extractors, which hold it as `model` or join nested names by `_`."""
-    return name.removeprefix('model.').replace('.', '_')
 
 
 def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
     """Give a feature extractor, which may lack some SE blocks, the squeezes and all weights of an adopted model."""
+    def _name_in_extractor(name: str) -> str:
+        # timm's extractors hold a model as `model` or join nested names by `_`
+        return name.removeprefix('model.').replace('.', '_')
+
     modules: Dict[str, Any] = {_name_in_extractor(name): module for name, module in model.named_modules()}
     for name, module in list(features.named_modules()):
         adopted_module = modules.get(_name_in_extractor(name))
@@ -284,16 +251,16 @@ def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
     return features
 
 
-default_cfgs = generate_default_cfgs({'adopted': {}})  # weights and preprocessing are those of the base
+default_cfgs = models.generate_default_cfgs({'adopted': {}})  # weights and preprocessing are those of the base
 
 
-@register_model
+@models.register_model
 def adopted(
         pretrained: bool = False,
         base: Optional[str] = None,
         squeeze: str = 'rgse',
         input_size: Optional[Tuple[int, int, int]] = None,
-        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], models.PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Optional[str] = None,
         **kwargs,
@@ -303,8 +270,7 @@ def adopted(
     Args:
         pretrained: Load the base's weights. Where the name is that of a saved adopted model (`hf-hub:`, `local-dir:`),
             or the file of pretrained_cfg_overlay is a checkpoint of one, load the adopted model's weights.
-        base: Name of the SE model, with or without tag. The default is seresnet50, so that loops over all models of
-            timm can create this one. A saved model names its base.
+        base: Name of the SE model, with or without tag, by default seresnet50. A saved model names its base.
         squeeze: 'rgse' or 'spse'.
         input_size: Input (C, H, W) in px that the grids are made for, by default the registered one of the base with
             the model's in_chans. It is part of the architecture, as base and squeeze are.
@@ -317,23 +283,22 @@ def adopted(
         ValueError: If base is unknown, missing or cannot be adopted, or squeeze or feature_cls is not supported.
         RuntimeError: If the weights are those of another model.
     """
-    cfg = resolve_pretrained_cfg('adopted', pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
+    cfg = models.resolve_pretrained_cfg('adopted', pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
     saved = bool(cfg.source)  # set by timm for hf-hub: and local-dir:
     if base is None and not saved:
-        base = 'seresnet50'
-    if not base or not is_model(get_arch_name(base)):
+        base = 'seresnet50'  # so that loops over all models of timm can create this one
+    if not base or not models.is_model(models.get_arch_name(base)):
         raise ValueError(
             f"The model 'adopted' needs an SE model of timm as base, got {base!r}. Pass base='regnety_032'; in timm's "
-            "scripts, --model-kwargs base=regnety_032 squeeze=rgse."
-        )
+            "scripts, --model-kwargs base=regnety_032 squeeze=rgse.")
     if not saved:
         changes = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
         changes.pop('architecture', None)
-        cfg = resolve_pretrained_cfg(base, None, {**changes, **(pretrained_cfg_overlay or {})})
-        saved = bool(pretrained and cfg.file and _squeeze_keys(load_state_dict(cfg.file)))
+        cfg = models.resolve_pretrained_cfg(base, None, {**changes, **(pretrained_cfg_overlay or {})})
+        saved = bool(pretrained and cfg.file and _squeeze_keys(models.load_state_dict(cfg.file)))
     if input_size is None:
         # not the size of a saved config: that is the training run's, and would change the grids
-        input_size = (get_pretrained_cfg(base) or PretrainedCfg()).input_size
+        input_size = (models.get_pretrained_cfg(base) or models.PretrainedCfg()).input_size
         if 'img_size' in kwargs:
             input_size = (input_size[0], *to_2tuple(kwargs['img_size']))
     in_chans = kwargs.get('in_chans', cfg.input_size[0])
@@ -343,15 +308,15 @@ def adopted(
         raise ValueError(f"Adopted models do not support feature_cls={kwargs['feature_cls']!r}. Use 'getter'.")
     feature_names = ('features_only', 'out_indices', 'feature_cls') if kwargs.get('features_only', False) else ()
     feature_args = {k: kwargs.pop(k) for k in feature_names if k in kwargs}
-    model: Any = create_model(base, pretrained and not saved, **kwargs)
+    model: Any = models.create_model(base, pretrained and not saved, **kwargs)
     adopt(model, squeeze, (in_chans, *input_size[1:]))
     if pretrained and saved:
-        load_pretrained(
+        models.load_pretrained(
             model, cfg.to_dict(), num_classes=model.num_classes, in_chans=in_chans, filter_fn=_checkpoint_filter_fn,
             strict=kwargs.get('pretrained_strict', True), cache_dir=cache_dir)
     if feature_args:
         # only the base's own constructor knows how its features are extracted
-        model = _adopt_features(create_model(base, **kwargs, **feature_args), model)
+        model = _adopt_features(models.create_model(base, **kwargs, **feature_args), model)
     kept = {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'}
     model.pretrained_cfg = model.default_cfg = {**kept, 'architecture': 'adopted'}
     return model

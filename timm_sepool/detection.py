@@ -55,55 +55,44 @@ class _FPNBackbone(nn.Module):
         return self.fpn(features)
 
 
-def _create_body(backbone: str, trainable_layers: int, freeze_bn: bool, **kwargs) -> Any:
-    """The backbone's feature extractor with frozen norms and stages. Raises as `faster_rcnn`."""
+def _build(
+        detector: Type[FasterRCNN], backbone: str, num_classes: int, pretrained: bool, trainable_layers: int,
+        freeze_bn: bool, backbone_kwargs: Optional[Dict[str, Any]], **kwargs,
+) -> FasterRCNN:
+    """A detector on a backbone with frozen norms and stages. Arguments and errors as of `faster_rcnn`."""
     if type(trainable_layers) is not int or trainable_layers not in range(6):
         raise ValueError(f'trainable_layers must be an integer from 0 to 5, got {trainable_layers!r}.')
+    backbone_kwargs = backbone_kwargs or {}
     needed = 'Choose a backbone of four sequential NCHW stages at strides 4, 8, 16 and 32.'
     try:
-        body: Any = create_model(backbone, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
+        body: Any = create_model(
+            backbone, pretrained, features_only=True, out_indices=(-4, -3, -2, -1), **backbone_kwargs)
     except (AssertionError, IndexError) as e:  # what timm raises for an index that is out of range
         raise ValueError(f'{backbone} has fewer than four stages ({e}). {needed}') from e
-    strides = body.feature_info.reduction()
-    if strides != [4, 8, 16, 32]:
+    if (strides := body.feature_info.reduction()) != [4, 8, 16, 32]:
         raise ValueError(f'{backbone} has its last four stages at strides {strides}. {needed}')
-    if not hasattr(body, 'return_layers') or body.output_fmt != 'NCHW':
-        output_fmt = getattr(body, 'output_fmt', 'NCHW')
+    output_fmt = getattr(body, 'output_fmt', 'NCHW')
+    if not hasattr(body, 'return_layers') or output_fmt != 'NCHW':
         layout = 'stages with branches' if output_fmt == 'NCHW' else f'{output_fmt} features'
         raise ValueError(f'{backbone} has {layout} ({type(body).__name__}). {needed}')
+    kwargs = {'image_mean': list(body.pretrained_cfg['mean']), 'image_std': list(body.pretrained_cfg['std']), **kwargs}
+    chans = backbone_kwargs.get('in_chans', body.pretrained_cfg['input_size'][0])
+    if {len(kwargs['image_mean']), len(kwargs['image_std'])} != {chans}:
+        raise ValueError(f'{backbone} takes images of {chans} channels. Pass image_mean and image_std of this length.')
 
     if freeze_bn:
         body = freeze_batch_norm_2d(body)
     if trainable_layers < 5:
-        # children are in the order of use, and a stage ends at the child that returns its features
+        # children are in the order of use: the stem, then four stages that end at the child that returns their features
         children = [name for name, _ in body.named_children()]
-        last = [children.index(name) for name in body.return_layers]
-        stem_and_stages = [last[0], *(i + 1 for i in last)]
-        freeze(body, children[:stem_and_stages[4 - trainable_layers]])
-    return body
-
-
-def _create_detector(
-        detector: Type[FasterRCNN], backbone: str, num_classes: int, pretrained: bool, trainable_layers: int,
-        freeze_bn: bool, backbone_kwargs: Optional[Dict[str, Any]], **kwargs,
-) -> FasterRCNN:
-    body = _create_body(backbone, trainable_layers, freeze_bn, pretrained=pretrained, **(backbone_kwargs or {}))
-    cfg = body.pretrained_cfg
-    kwargs = {'image_mean': list(cfg['mean']), 'image_std': list(cfg['std']), **kwargs}
-    chans = (backbone_kwargs or {}).get('in_chans', cfg['input_size'][0])
-    if {len(kwargs['image_mean']), len(kwargs['image_std'])} != {chans}:
-        raise ValueError(f'{backbone} takes images of {chans} channels. Pass image_mean and image_std of this length.')
+        ends = [children.index(name) + 1 for name in body.return_layers]
+        freeze(body, children[:[ends[0] - 1, *ends][4 - trainable_layers]])
     return detector(_FPNBackbone(body), num_classes, **kwargs)
 
 
 def faster_rcnn(
-        backbone: str,
-        num_classes: int = 91,
-        pretrained: bool = False,
-        trainable_layers: int = 3,
-        freeze_bn: bool = True,
-        backbone_kwargs: Optional[Dict[str, Any]] = None,
-        **kwargs,
+        backbone: str, num_classes: int = 91, pretrained: bool = False, trainable_layers: int = 3,
+        freeze_bn: bool = True, backbone_kwargs: Optional[Dict[str, Any]] = None, **kwargs,
 ) -> FasterRCNN:
     """Constructs torchvision's Faster R-CNN with FPN on a timm backbone.
 
@@ -115,8 +104,7 @@ def faster_rcnn(
         backbone: Model name as in timm.create_model, with or without tag, also `hf-hub:` and `local-dir:`.
         num_classes: Number of classes, background included.
         pretrained: Load the backbone's pretrained weights.
-        trainable_layers: How many of the stem and the four stages train, from the last stage on: 0 none, 5 all. The
-            others are frozen, norm statistics included.
+        trainable_layers: Stages to train, from the last on; 5 adds the stem. Others are frozen, norm statistics too.
         freeze_bn: Freeze the affine parameters and statistics of all batch norms of the backbone.
         backbone_kwargs: Further arguments of the backbone.
         **kwargs: Arguments of torchvision's FasterRCNN, such as min_size and max_size (px).
@@ -125,25 +113,18 @@ def faster_rcnn(
         ValueError: If trainable_layers is out of range, the backbone does not have four sequential stages at strides 4
             to 32, or image_mean or image_std does not have one value per input channel.
     """
-    return _create_detector(
-        FasterRCNN, backbone, num_classes, pretrained, trainable_layers, freeze_bn, backbone_kwargs, **kwargs)
+    return _build(FasterRCNN, backbone, num_classes, pretrained, trainable_layers, freeze_bn, backbone_kwargs, **kwargs)
 
 
 def mask_rcnn(
-        backbone: str,
-        num_classes: int = 91,
-        pretrained: bool = False,
-        trainable_layers: int = 3,
-        freeze_bn: bool = True,
-        backbone_kwargs: Optional[Dict[str, Any]] = None,
-        **kwargs,
+        backbone: str, num_classes: int = 91, pretrained: bool = False, trainable_layers: int = 3,
+        freeze_bn: bool = True, backbone_kwargs: Optional[Dict[str, Any]] = None, **kwargs,
 ) -> MaskRCNN:
     """Constructs torchvision's Mask R-CNN with FPN on a timm backbone, with the arguments of `faster_rcnn`."""
-    return _create_detector(
-        MaskRCNN, backbone, num_classes, pretrained, trainable_layers, freeze_bn, backbone_kwargs, **kwargs)
+    return _build(MaskRCNN, backbone, num_classes, pretrained, trainable_layers, freeze_bn, backbone_kwargs, **kwargs)
 
 
-def _build(
+def _torchvision_builder(
         detector: Type[FasterRCNN], model_name: str, *, weights: Optional[str] = None,
         weights_backbone: Optional[str] = None, trainable_backbone_layers: Optional[int] = None,
         num_classes: Optional[int] = None, backbone_kwargs: Optional[Dict[str, Any]] = None, **kwargs,
@@ -151,25 +132,23 @@ def _build(
     """Builder with the arguments of torchvision's own, see `register_detectors`."""
     if weights is not None:
         raise ValueError(f'Unknown weights {weights!r}: no trained detectors on timm backbones exist. Pass None.')
-    backbone = model_name
-    is_trained = weights_backbone is not None
+    backbone, trained = model_name, weights_backbone is not None
     if weights_backbone is not None and weights_backbone != 'DEFAULT':
         if weights_backbone.startswith(('hf-hub:', 'local-dir:')):
             backbone = weights_backbone
         elif Path(weights_backbone).is_file():
             # with this number timm drops the file's classifier, whatever its size
-            overlay = {'file': weights_backbone, 'num_classes': -1}
-            backbone_kwargs = {**(backbone_kwargs or {}), 'pretrained_cfg_overlay': overlay}
+            overlay = dict(file=weights_backbone, num_classes=-1)
+            backbone_kwargs = dict(backbone_kwargs or {}, pretrained_cfg_overlay=overlay)
         elif f'{model_name}.{weights_backbone}' in list_models(f'{model_name}.*', include_tags=True):
             backbone = f'{model_name}.{weights_backbone}'
         else:
             raise ValueError(
                 f'{weights_backbone} is neither a file nor a tag of {model_name}. Pass DEFAULT for its default tag.')
     if trainable_backbone_layers is None:
-        trainable_backbone_layers = 3 if is_trained else 5
-    model = _create_detector(
-        detector, backbone, num_classes or 91, is_trained, trainable_backbone_layers, is_trained, backbone_kwargs,
-        **kwargs)
+        trainable_backbone_layers = 3 if trained else 5
+    model = _build(
+        detector, backbone, num_classes or 91, trained, trainable_backbone_layers, trained, backbone_kwargs, **kwargs)
     architecture = model.backbone.body.pretrained_cfg['architecture']
     if architecture != model_name:
         raise ValueError(f'{weights_backbone} holds {architecture}, not {model_name}. Choose the detector of its name.')
@@ -187,7 +166,7 @@ def register_detectors() -> None:
     for name in list_models():
         for prefix, detector in (('fasterrcnn', FasterRCNN), ('maskrcnn', MaskRCNN)):
             if f'{prefix}_{name}' not in known:
-                _private.register_detector(f'{prefix}_{name}')(partial(_build, detector, name))
+                _private.register_detector(f'{prefix}_{name}')(partial(_torchvision_builder, detector, name))
 
 
 def main() -> None:
