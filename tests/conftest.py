@@ -1,6 +1,7 @@
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +20,8 @@ os.environ.pop('HF_HUB_CACHE', None)
 
 import torch  # noqa: E402
 
-try:
-    from hypothesis import settings
-except ImportError:
-    pass
-else:
-    settings.register_profile('quick', max_examples=20, derandomize=True, deadline=None)
-    settings.register_profile('full', max_examples=200, deadline=None, print_blob=True)
+# the networks here are too small to share, and two threads stall each other on a busy machine
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser) -> None:
@@ -35,7 +31,10 @@ def pytest_addoption(parser) -> None:
 def pytest_configure(config) -> None:
     config.addinivalue_line('markers', 'full: runs with --full only, another test checks the same claim faster')
     os.environ['TIMM_SEPOOL_FULL_TESTS'] = '1' if config.getoption('--full') else ''
-    if 'hypothesis' in sys.modules:
+    with suppress(ImportError):
+        from hypothesis import settings
+        settings.register_profile('quick', max_examples=20, derandomize=True, deadline=None)
+        settings.register_profile('full', max_examples=200, deadline=None, print_blob=True)
         settings.load_profile('full' if config.getoption('--full') else 'quick')
 
 
@@ -56,12 +55,6 @@ def hub() -> HubServer:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope='session')
-def one_thread() -> None:
-    # the networks here are too small to share, and two threads stall each other on a busy machine
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -23,24 +23,18 @@ from timm_sepool.squeeze import SEPoolModule
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
 
 
-# --- per name, full size
-
 @pytest.mark.parametrize('name', NAMES)
 def test_full_size(name: str) -> None:
     """Registered, buildable without memory, the official number of parameters."""
     assert timm.is_model(name) and name in timm.list_models(module='sepool_resnet')
-    with pytest.raises(RuntimeError, match='Unknown model'):
-        timm.create_model(f'{name}_32x4d')
     with torch.device('meta'):
         model = timm.create_model(name)
-    assert isinstance(model, SEPoolResNet)
-    assert sum(p.numel() for p in model.parameters()) == PARAMS[name]
-    assert all(p.is_meta for p in model.parameters()) and all(b.is_meta for b in model.buffers())
-    modules = [m for m in model.modules() if isinstance(m, SEPoolModule)]
-    assert len(modules) == len([n for n, _ in model.named_modules() if n.endswith('.conv3')])
+    assert isinstance(model, SEPoolResNet) and sum(p.numel() for p in model.parameters()) == PARAMS[name]
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    squeezes = [[block.se for block in stage] for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    assert all(isinstance(se, SEPoolModule) for stage in squeezes for se in stage)
     if name.startswith('rgse'):
-        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        assert [{block.se.grid for block in stage} for stage in stages] == [{8}, {4}, {2}, {1}]
+        assert [{se.grid for se in stage} for stage in squeezes] == [{8}, {4}, {2}, {1}]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -60,8 +54,6 @@ def test_equals_official_code(name: str) -> None:
             assert (model(x) - expected).abs().max() <= 1e-12
 
 
-# --- the claims, small
-
 @pytest.mark.parametrize('name', FAMILIES)
 def test_memory_formats_and_amp(name: str) -> None:
     """channels_last computes the same forward and backward, bfloat16 autocast about the same."""
@@ -70,30 +62,34 @@ def test_memory_formats_and_amp(name: str) -> None:
     loss, grads = training_step(model, x)
     with torch.autocast('cpu', torch.bfloat16):
         amp = model(x)
-    assert amp.dtype == torch.bfloat16
-    assert (amp.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    assert amp.dtype == torch.bfloat16 and (amp.float() - expected).abs().max() < 0.1 * expected.abs().max()
     model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     loss_cl, grads_cl = training_step(model, x)
     torch.testing.assert_close(loss_cl, loss, rtol=1e-4, atol=1e-4)
-    for n in grads:
-        torch.testing.assert_close(grads_cl[n], grads[n], rtol=0, atol=1e-3 * grads[n].abs().max().item() + 1e-6)
+    assert all((grads_cl[n] - g).abs().max() <= 1e-3 * g.abs().max() + 1e-6 for n, g in grads.items())
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_channels_and_classifier(name: str) -> None:
-    x = images(2, 64, 64)
-    for in_chans in (1, 4):
-        assert tiny(name, in_chans=in_chans)(images(2, in_chans, 64, 64)).shape == (2, 10)
-    assert tiny(name, num_classes=0)(x).shape == (2, 512)
-    assert tiny(name, num_classes=0, global_pool='')(x).shape == (2, 512, 2, 2)
-    model = tiny(name)
+def test_shapes(name: str) -> None:
+    """As in timm. Dilation keeps the parameters (the grid belongs to the stage) and the resolution."""
+    for kwargs, shape in (
+            (dict(in_chans=1), (2, 10)), (dict(in_chans=4), (2, 10)), (dict(num_classes=0), (2, 512)),
+            (dict(num_classes=0, global_pool=''), (2, 512, 2, 2))):
+        assert tiny(name, **kwargs)(images(2, kwargs.get('in_chans', 3), 64, 64)).shape == shape
+    model, x = tiny(name), images(2, 64, 64)
     features = model.forward_features(x)
     assert model.forward_head(features, pre_logits=True).shape == (2, 512)
     model.reset_classifier(5)
     assert model(x).shape == (2, 5)
     model.reset_classifier(0, 'max')
     torch.testing.assert_close(model(x), features.amax((2, 3)))
+    for stride in (8, 16):
+        model = tiny(name, output_stride=stride)
+        model.load_state_dict(tiny(name).state_dict(), strict=True)
+        assert model.forward_features(images(2, 128, 192)).shape == (2, 512, 128 // stride, 192 // stride)
+        features = timm.create_model(name, features_only=True, output_stride=stride, **TINY)
+        assert max(features.feature_info.reduction()) == stride
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -111,17 +107,6 @@ def test_features(name: str) -> None:
     assert model.prune_intermediate_layers([1, 3]) == [1, 3] and not list(model.layer4.parameters())
     pruned = model.forward_intermediates(x, [1, 3], intermediates_only=True, stop_early=True)
     assert torch.equal(pruned[0], maps[1]) and torch.equal(pruned[1], maps[3])
-
-
-@pytest.mark.parametrize('output_stride', [8, 16])
-@pytest.mark.parametrize('name', FAMILIES)
-def test_output_stride(name: str, output_stride: int) -> None:
-    """Dilation keeps the parameters (the grid belongs to the stage) and the resolution."""
-    model = tiny(name, output_stride=output_stride)
-    model.load_state_dict(tiny(name).state_dict(), strict=True)
-    assert model.forward_features(images(2, 128, 192)).shape == (2, 512, 128 // output_stride, 192 // output_stride)
-    features = timm.create_model(name, features_only=True, output_stride=output_stride, **TINY)
-    assert max(features.feature_info.reduction()) == output_stride
 
 
 @pytest.mark.parametrize('rate', ['drop_path_rate', 'drop_block_rate', 'drop_rate'])
@@ -145,9 +130,7 @@ BLOCK_ARGS = [
 ], ids=str)
 def test_block_equals_timms(name: str, kwargs, monkeypatch) -> None:
     """timm's own Bottleneck.forward computes the same, with everything that ResNet can put into a block or a stem."""
-    model = tiny(name, **kwargs).double().train()
-    x = images(3, 160, 160, dtype=torch.float64)
-
+    model, x = tiny(name, **kwargs).double().train(), images(3, 160, 160, dtype=torch.float64)
     torch.manual_seed(3)
     got = training_step(model, x)
     monkeypatch.setattr(SEPoolBottleneck, 'forward', Bottleneck.forward)
@@ -155,23 +138,26 @@ def test_block_equals_timms(name: str, kwargs, monkeypatch) -> None:
     torch.testing.assert_close(got, training_step(model, x), rtol=1e-6, atol=1e-10)
 
 
-def test_one_pass_epilogue(monkeypatch) -> None:
-    """Scaling and residual sum are one operation at inference, and in training two, which are cheaper there."""
-    calls, addcmul = [], torch.addcmul
+@pytest.mark.parametrize('training, drop_path_rate', [(False, 0.), (False, 0.5), (True, 0.), (True, 0.5)])
+def test_squeeze_is_called(training: bool, drop_path_rate: float, monkeypatch) -> None:
+    """Its hooks run, which pruning and sharding need. At inference it adds the shortcut, which is cheaper there."""
+    calls, shapes, addcmul = [], [], torch.addcmul
     monkeypatch.setattr(torch, 'addcmul', lambda *args: calls.append(args) or addcmul(*args))
-    for kwargs, training, expected in ((dict(), False, 4), (dict(drop_path_rate=0.5), False, 4), (dict(), True, 0)):
-        calls.clear()
-        tiny('rgse_resnet50', **kwargs).train(training)(images(2, 64, 64))
-        assert len(calls) == expected
+    model = tiny('rgse_resnet50', drop_path_rate=drop_path_rate).train(training)
+    for block in (model.layer1[0], model.layer4[0]):
+        block.se.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+        block.se.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    model(images(2, 64, 64))
+    assert shapes == [(2, 64, 16, 16)] * 2 + [(2, 512, 2, 2)] * 2
+    assert len(calls) == (0 if training else 4)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_grad_checkpointing_and_copies(name: str) -> None:
     """Equal results, without a warning."""
-    x = images(3, 64, 64)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        model = tiny(name)
+        model, x = tiny(name), images(3, 64, 64)
         assert torch.equal(copy.deepcopy(model)(x), model(x))
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
         expected = training_step(model.train(), x)
@@ -182,21 +168,18 @@ def test_grad_checkpointing_and_copies(name: str) -> None:
 @pytest.mark.parametrize('name', FAMILIES)
 def test_other_attention_and_norms(name: str) -> None:
     """block_args replaces the squeeze as in timm's resnet, which takes ours; norm_layer reaches the squeeze too."""
-    for attn_layer, has_attn in (('eca', True), ('cbam', True), (None, False)):
+    for attn_layer in ('eca', 'cbam', None):
         model = tiny(name, block_args=dict(attn_layer=attn_layer))
         assert not any(isinstance(m, SEPoolModule) for m in model.modules())
-        assert (model.layer1[0].se is not None) is has_attn
+        assert (model.layer1[0].se is None) is (attn_layer is None)
         assert model(images(2, 64, 64)).isfinite().all()
     drop_in = SPSEModule if name.startswith('spse') else partial(RGSEModule, grid=4)
     assert tiny('resnet26', block_args=dict(attn_layer=drop_in))(images(2, 64, 64)).shape == (2, 10)
     model = tiny(name, norm_layer=GroupNorm1).train()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert model(images(1, 64, 64)).isfinite().all()  # and so one image trains
-
-
-@pytest.mark.parametrize('name', FAMILIES)
-def test_batch_of_one(name: str) -> None:
-    model, x = tiny(name).train(), images(1, 64, 64)
+    x = images(1, 64, 64)
+    assert model(x).isfinite().all()  # and so one image trains
+    model = tiny(name).train()
     with pytest.raises(ValueError, match='larger batch, SyncBatchNorm .* or freeze the norms of the squeeze'):
         model(x)
     freeze(model, [n for n, _ in model.named_modules() if n.endswith('.se.bn')])  # as the error says
@@ -204,47 +187,27 @@ def test_batch_of_one(name: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def check_official_initialization(model: nn.Module) -> None:
-    modules = dict(model.named_modules())
-    for n, p in model.named_parameters():
-        if '.bias' in n:
-            assert (p == 0).all(), n
-        elif isinstance(modules[n.rpartition('.')[0]], nn.BatchNorm2d):
-            assert (p == 1).all(), n
-        elif '.se.' in n or n == 'fc.weight':  # torch's default
-            bound = p[0].numel() ** -0.5
-            assert p.abs().max() <= bound and p.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.2), n
-        else:  # kaiming-normal, fan-out
-            assert p.std().item() == pytest.approx((2 / (p.shape[0] * p[0, 0].numel())) ** 0.5, rel=0.1), n
-    for n, b in model.named_buffers():
-        assert (b == (1 if n.endswith('running_var') else 0)).all(), n
-
-
 @pytest.mark.parametrize('name', FAMILIES)
 def test_initialization(name: str) -> None:
     """Official, after create_model, and after meta, to_empty and init_weights."""
-    check_official_initialization(timm.create_model(name, layers=(1, 1, 1, 1)))
-    model = timm.create_model(name, layers=(1, 1, 1, 1), device='meta').to_empty(device='cpu')
+    again = timm.create_model(name, layers=(1, 1, 1, 1), device='meta').to_empty(device='cpu')
     with torch.no_grad():
-        for t in (*model.parameters(), *model.buffers()):
+        for t in (*again.parameters(), *again.buffers()):
             t.fill_(123)
-    model.init_weights()
-    check_official_initialization(model)
+    again.init_weights()
+    for model in (timm.create_model(name, layers=(1, 1, 1, 1)), again):
+        for n, p in model.named_parameters():
+            if '.bias' in n or isinstance(model.get_submodule(n.rpartition('.')[0]), nn.BatchNorm2d):
+                assert (p == (0 if '.bias' in n else 1)).all(), n
+            elif '.se.' in n or n == 'fc.weight':  # torch's default
+                bound = p[0].numel() ** -0.5
+                assert p.abs().max() <= bound and p.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.2), n
+            else:  # kaiming-normal, fan-out
+                assert p.std().item() == pytest.approx((2 / (p.shape[0] * p[0, 0].numel())) ** 0.5, rel=0.1), n
+        for n, b in model.named_buffers():
+            assert (b == (1 if n.endswith('running_var') else 0)).all(), n
     assert (timm.create_model(name, zero_init_last=True, **TINY).layer1[0].bn3.weight == 0).all()
-    state_dicts = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        state_dicts.append(timm.create_model(name, **TINY).state_dict())
-    torch.testing.assert_close(*state_dicts, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('training, kwargs', [(True, {}), (True, dict(drop_path_rate=0.2)), (False, {})], ids=str)
-def test_squeeze_is_called(training: bool, kwargs) -> None:
-    """As a module, with its hooks, in both modes: parametrizations, pruning and sharding need this."""
-    model = tiny('rgse_resnet50', **kwargs).train(training)
-    seen = []
-    for block in (model.layer1[0], model.layer4[0]):
-        block.se.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-        block.se.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    model(images(2, 64, 64))
-    assert seen == [(2, 64, 16, 16)] * 2 + [(2, 512, 2, 2)] * 2
+    torch.manual_seed(5)
+    state_dict = timm.create_model(name, **TINY).state_dict()
+    torch.manual_seed(5)
+    torch.testing.assert_close(timm.create_model(name, **TINY).state_dict(), state_dict, rtol=0, atol=0)

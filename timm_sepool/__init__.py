@@ -21,15 +21,11 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 
 _PUBLIC = {
-    'SPSEModule': 'squeeze',
-    'RGSEModule': 'squeeze',
-    'SEPoolBottleneck': 'sepool_resnet',
-    'SEPoolResNet': 'sepool_resnet',
+    'SPSEModule': 'squeeze', 'RGSEModule': 'squeeze',
+    'SEPoolBottleneck': 'sepool_resnet', 'SEPoolResNet': 'sepool_resnet',
     'checkpoint_filter_fn': 'checkpoints',
     'adopt': 'adopted',
-    'plot_gates': 'plot',
-    'plot_kernels': 'plot',
-    'plot_descriptors': 'plot',
+    'plot_gates': 'plot', 'plot_kernels': 'plot', 'plot_descriptors': 'plot',
 }
 __all__ = ['__version__', *_PUBLIC]
 

@@ -1,18 +1,16 @@
 """ SPSE and RGSE ResNet / ResNeXt
 
 timm's ResNet whose blocks have squeeze-and-excitation with spatial-pyramid (SPSE) or resolution-guided (RGSE) pooling.
-The networks that the paper compares with are timm's, CBAM's with `block_args=dict(attn_layer='cbam')`.
 
-No trained SPSE / RGSE weights are public. `pretrained=True` loads the weights of the plain backbone (the donor). The
-network then computes exactly what its donor computes: the squeeze has no effect until it is fine-tuned, and accuracy
-figures are those of the donor.
+No trained SPSE / RGSE weights are public. `pretrained=True` loads those of the plain backbone (the donor), and the
+network computes exactly what the donor computes until it is fine-tuned.
 
 Paper: `Delving deep into spatial pooling for squeeze-and-excitation networks`
     (Jin et al., Pattern Recognition 121, 2022) - https://doi.org/10.1016/j.patcog.2021.108159
 """
 from dataclasses import replace
 from functools import partial
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import nn
@@ -69,8 +67,7 @@ class SEPoolResNet(ResNet):
     def init_weights(self, zero_init_last: bool = False) -> None:
         """Initialize every parameter and buffer, also after a construction on the meta device and `to_empty`.
 
-        The official code uses kaiming-normal (fan-out) for convolutions and torch's default for the squeeze and the
-        linear layers. Norm weights are 1 and all biases 0.
+        Convolutions: kaiming-normal (fan-out). Squeeze and linear layers: torch's default. Norm weights 1, biases 0.
 
         Args:
             zero_init_last: Zero-initialize the last BN in each residual branch.
@@ -96,29 +93,14 @@ class SEPoolResNet(ResNet):
                     module.zero_init_last()  # type: ignore[operator]
 
 
-class Backbone(NamedTuple):
-    """A plain network of timm: its layers, and the donor of the default pretrained weights."""
-    timm_name: str
-    donor: str
-    layers: Tuple[int, ...]
-    cardinality: int = 1
-    base_width: int = 64
-
-
-# by the name they have in `rgse_NAME` and `spse_NAME`
-BACKBONES = {
-    'resnet50': Backbone('resnet50', 'resnet50.a1_in1k', (3, 4, 6, 3)),
-    'resnet101': Backbone('resnet101', 'resnet101.a1h_in1k', (3, 4, 23, 3)),
-    'resnet152': Backbone('resnet152', 'resnet152.a1h_in1k', (3, 8, 36, 3)),
-    'resnext50': Backbone('resnext50_32x4d', 'resnext50_32x4d.a1h_in1k', (3, 4, 6, 3), 32, 4),
-    'resnext101': Backbone('resnext101_32x4d', 'resnext101_32x4d.gluon_in1k', (3, 4, 23, 3), 32, 4),
+# NAME of `rgse_NAME` and `spse_NAME` -> donor of the default pretrained weights, arguments of timm's ResNet
+BACKBONES: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    'resnet50': ('resnet50.a1_in1k', dict(layers=(3, 4, 6, 3))),
+    'resnet101': ('resnet101.a1h_in1k', dict(layers=(3, 4, 23, 3))),
+    'resnet152': ('resnet152.a1h_in1k', dict(layers=(3, 8, 36, 3))),
+    'resnext50': ('resnext50_32x4d.a1h_in1k', dict(layers=(3, 4, 6, 3), cardinality=32, base_width=4)),
+    'resnext101': ('resnext101_32x4d.gluon_in1k', dict(layers=(3, 4, 23, 3), cardinality=32, base_width=4)),
 }
-
-
-def _block(attn_layer: Any) -> Any:
-    block: Any = partial(SEPoolBottleneck, attn_layer=attn_layer)
-    block.expansion = SEPoolBottleneck.expansion  # ResNet reads it from the class
-    return block
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module, strict: bool = True) -> Dict[str, torch.Tensor]:
@@ -129,13 +111,14 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module, strict: b
 def _create_sepool_resnet(variant: str, pretrained: bool = False, **kwargs) -> SEPoolResNet:
     family, _, name = variant.partition('_')
     norm_layer = get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
-    if family == 'rgse':
-        blocks = tuple(_block(partial(squeeze.RGSEModule, grid=g, norm_layer=norm_layer)) for g in (8, 4, 2, 1))
-    else:
-        blocks = (_block(partial(squeeze.SPSEModule, norm_layer=norm_layer)),) * 4
-    layers, cardinality, base_width = BACKBONES[name][2:]
-    model_args = dict(
-        block=blocks, layers=layers, cardinality=cardinality, base_width=base_width, zero_init_last=False)
+    blocks = []
+    for grid in (8, 4, 2, 1):
+        se_layer: Any = partial(squeeze.RGSEModule, grid=grid) if family == 'rgse' else squeeze.SPSEModule
+        attn_layer: Any = partial(se_layer, norm_layer=norm_layer)
+        block: Any = partial(SEPoolBottleneck, attn_layer=attn_layer)
+        block.expansion = SEPoolBottleneck.expansion  # ResNet reads it from the class
+        blocks.append(block)
+    model_args = dict(BACKBONES[name][1], block=tuple(blocks), zero_init_last=False)
 
     # how far timm came, to tell its errors apart
     model: Optional[SEPoolResNet] = None
@@ -171,23 +154,19 @@ def _donor_cfgs() -> Dict[str, Any]:
     of ImageNet-1k and are on the Hub. Each keeps its own preprocessing.
     """
     cfgs = {}
-    for name, backbone in BACKBONES.items():
+    for name, (default_donor, _) in BACKBONES.items():
         donors = {
-            donor: cfg for donor, cfg in get_arch_pretrained_cfgs(backbone.timm_name).items()
+            donor: cfg for donor, cfg in get_arch_pretrained_cfgs(default_donor.partition('.')[0]).items()
             if cfg.hf_hub_id and cfg.license in ('apache-2.0', 'bsd-3-clause')
             and tuple(cfg.input_size) == (3, 224, 224) and cfg.num_classes == 1000
         }
         for family in ('rgse', 'spse'):
-            for donor, cfg in sorted(donors.items(), key=lambda item: item[0] != backbone.donor):
+            for donor, cfg in sorted(donors.items(), key=lambda item: item[0] != default_donor):
                 cfgs[f'{family}_{name}.from_{donor.replace(".", "_")}'] = replace(
-                    cfg,
+                    cfg, architecture=None, tag=None,
                     url=None,  # the Hub's safetensors only
-                    architecture=None,
-                    tag=None,
-                    description=(
-                        f'Computes exactly what {donor} of timm computes (every gate is 1/2, bn3 is doubled): the '
-                        'squeeze starts inert and learns in fine-tuning, accuracy figures are those of the donor.'
-                    ),
+                    description=f'Computes exactly what {donor} of timm computes (every gate is 1/2, bn3 is doubled): '
+                    'the squeeze starts inert and learns in fine-tuning, accuracy figures are those of the donor.',
                 )
     return cfgs
 

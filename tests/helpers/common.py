@@ -16,16 +16,10 @@ FULL = bool(os.environ['TIMM_SEPOOL_FULL_TESTS'])  # pytest --full
 
 # exact, from the official code
 PARAMS = {
-    'rgse_resnet50': 28_212_440,
-    'rgse_resnet101': 49_555_736,
-    'rgse_resnet152': 67_167_448,
-    'rgse_resnext50': 27_684_312,
-    'rgse_resnext101': 49_184_280,
-    'spse_resnet50': 28_480_728,
-    'spse_resnet101': 50_172_184,
-    'spse_resnet152': 68_066_520,
-    'spse_resnext50': 27_952_600,
-    'spse_resnext101': 49_800_728,
+    'rgse_resnet50': 28_212_440, 'rgse_resnet101': 49_555_736, 'rgse_resnet152': 67_167_448,
+    'rgse_resnext50': 27_684_312, 'rgse_resnext101': 49_184_280,
+    'spse_resnet50': 28_480_728, 'spse_resnet101': 50_172_184, 'spse_resnet152': 68_066_520,
+    'spse_resnext50': 27_952_600, 'spse_resnext101': 49_800_728,
 }
 NAMES = list(PARAMS)
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
@@ -40,14 +34,10 @@ def official_state_dict(name: str) -> Dict[str, torch.Tensor]:
         rng = np.random.default_rng(zlib.crc32(key.encode()))
         if key.endswith('num_batches_tracked'):
             value = np.zeros(shape, dtype=np.int64)
-        elif key.endswith('running_mean'):
-            value = 0.1 * rng.standard_normal(shape)
-        elif key.endswith('running_var'):
-            value = rng.uniform(0.5, 1.5, shape)
-        elif key.endswith('bias'):
+        elif key.endswith(('running_mean', 'bias')):
             value = 0.1 * rng.standard_normal(shape)
         elif len(shape) == 1:
-            value = rng.uniform(0.5, 1.5, shape) * (0.2 if 'bn_bn3' in key else 1.)
+            value = rng.uniform(0.5, 1.5, shape) * (0.2 if key.endswith('bn_bn3.weight') else 1.)
         else:
             value = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
         state_dict[key] = torch.from_numpy(np.asarray(value))
@@ -56,15 +46,7 @@ def official_state_dict(name: str) -> Dict[str, torch.Tensor]:
 
 def tiny(name: str, **kwargs) -> nn.Module:
     """A small network of the same code with nothing at its trivial value, in eval mode."""
-    model = create_model(name, **{**TINY, 'num_classes': 10, **kwargs})
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(std=0.1)
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.5, 1.5)
-    return model.eval()
+    return realistic(create_model(name, **{**TINY, 'num_classes': 10, **kwargs}), bn3=(0.5, 1.5)).eval()
 
 
 def images(batch: int, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -86,12 +68,12 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, Dict
     return loss.detach(), dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
 
 
-def realistic(model: nn.Module) -> nn.Module:
+def realistic(model: nn.Module, bn3: Tuple[float, float] = (0.1, 0.3)) -> nn.Module:
     """Norms as after training: no statistic and no affine parameter at its initial value."""
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.1, 0.3) if name.endswith('bn3') else module.weight.uniform_(0.5, 1.5)
+                module.weight.uniform_(*bn3 if name.endswith('bn3') else (0.5, 1.5))
                 module.bias.normal_(std=0.1)
                 module.running_mean.normal_(std=0.1)
                 module.running_var.uniform_(0.5, 1.5)
