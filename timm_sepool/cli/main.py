@@ -19,8 +19,7 @@ from ._output import CommandError
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='timm-sepool',
-        description="SPSE and RGSE networks for timm. Train and validate them with timm's own train.py and validate.py.",
-    )
+        description="SPSE and RGSE networks for timm. Train and validate them with timm's train.py and validate.py.")
     parser.add_argument('--version', action='version', version=f'timm_sepool {__version__}')
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for command in (quickstart, list_models, imagefolder, push, convert, plot, bench, cards):
@@ -30,10 +29,6 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, after which a command cleans up as after Ctrl-C."""
-
-
-def _raise_terminated(signum, frame) -> None:
-    raise _Terminated
 
 
 def _prepare_streams() -> None:
@@ -55,24 +50,23 @@ def _flush_stdout() -> None:
             os.dup2(devnull.fileno(), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):
             raise
-        raise CommandError(f'Cannot print the result: {e}. Free some disk space or redirect the output elsewhere.') from e
+        raise CommandError(f'Cannot print the result: {e}. Free some disk space or redirect the output.') from e
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: Command line without the program's name, by default that of the process.
+    """Run one command line, without the program's name, by default that of the process.
 
     Returns:
         Exit code: 0, 2 for bad input, 130 or 143 if interrupted (SIGINT, SIGTERM), 141 if nobody reads the output.
     """
+    def terminate(signum, frame) -> None:
+        raise _Terminated
+
     _prepare_streams()
-    catches_sigterm = (
-        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a caller may ignore or catch it
-        and threading.current_thread() is threading.main_thread())
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    catches_sigterm = in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a caller may catch it
     if catches_sigterm:
-        signal.signal(signal.SIGTERM, _raise_terminated)
+        signal.signal(signal.SIGTERM, terminate)
     command = ''
     try:
         try:
@@ -84,8 +78,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:  # `timm-sepool list | head`
         return 141
     except (CommandError, OSError) as e:  # an OSError comes from print, or from a system at its limits
-        message = ' '.join(str(e).splitlines())  # a path may hold a newline
-        print(f'timm-sepool{command}: error: {message}', file=sys.stderr)
+        # a path may hold a newline
+        print(f'timm-sepool{command}: error: {" ".join(str(e).splitlines())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         terminated = isinstance(e, _Terminated)
