@@ -43,7 +43,7 @@ def figures(monkeypatch) -> list:
 
 def test_digits(capsys, folder: Path, figures: list) -> None:
     """A folder by its path and as local-dir:, the digits by default, each picture under its kind's name."""
-    for kind, name in zip(('gates', 'kernels', 'descriptors'), ('./digits', 'local-dir:digits', str(folder / 'digits'))):
+    for kind, name in (('gates', './digits'), ('kernels', 'local-dir:digits'), ('descriptors', str(folder / 'digits'))):
         assert main(['plot', kind, name, *(['--num-images', '3'] if kind == 'gates' else [])]) == 0
         assert capsys.readouterr().out == f'wrote {kind}.png\n'
         assert Image.open(f'{kind}.png').width > 1300

@@ -106,8 +106,7 @@ def interleave(
 ) -> Dict[str, List[float]]:
     """Time functions in turns, in a random order each round, after one round of warm-up.
 
-    Returns:
-        `rounds` times (ms) of each function by name, each of them `clock`'s mean of `repeats` consecutive calls.
+    Returns `rounds` times (ms) of each function by name, each of them `clock`'s mean of `repeats` consecutive calls.
     """
     times: Dict[str, List[float]] = {key: [] for key in steps}
     generator = random.Random(0)
@@ -119,11 +118,10 @@ def interleave(
 
 
 def summarize(times: Dict[str, List[float]], peer: str) -> Dict[str, Dict[str, float]]:
-    """Statistics of what `interleave` returns.
+    """Statistics of what `interleave` returns, by name.
 
-    Returns:
-        By name: ms, the median time; spread, its interquartile range over the median; ratio, ratio_low and ratio_high,
-        the median and the quartiles of the rounds' throughputs relative to the peer's in the same round.
+    ms is the median time; spread its interquartile range over the median; ratio, ratio_low and ratio_high the median
+    and the quartiles of the rounds' throughputs relative to the peer's in the same round.
     """
     def quartiles(values: List[float]) -> List[float]:
         return statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
@@ -202,10 +200,7 @@ def attention_blocks(model: Any) -> List[Any]:
 
 
 def measure(args: argparse.Namespace) -> Dict[str, Any]:
-    """Time networks, and with --blocks their blocks, in turns.
-
-    Args:
-        args: Options of `timm-sepool bench`.
+    """Time networks, and with --blocks their blocks, in turns, by the options of `timm-sepool bench`.
 
     Returns:
         settings; results, a list of dicts of model, mode, images_per_s, what `summarize` returns, saved_mb (kept for
@@ -222,7 +217,7 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     size = (args.img_size * 2)[:2]
-    modes = list(PASSES) if args.mode is None else [args.mode]
+    args.modes = list(PASSES) if args.mode is None else [args.mode]
     fmt = torch.channels_last if args.channels_last else torch.contiguous_format
     try:
         x = torch.randn(args.batch_size, 3, *size, device=args.device).to(memory_format=fmt)
@@ -243,13 +238,12 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
         config.cache_size_limit = max(config.cache_size_limit, 4 * len(networks))
 
     autocast = partial(torch.autocast, x.device.type, torch.bfloat16) if args.amp else nullcontext
-    clock = Clock(x.device)
     results: List[Dict[str, Any]] = []
-    total = len(modes) * len(networks) * (args.rounds + 1)
+    total = len(args.modes) * len(networks) * (args.rounds + 1)
     what = f'{"compiling and " if args.compile else ""}timing {len(networks)} networks, {total} measurements'
     print(f'timm-sepool bench: {what}; the table comes at the end', file=sys.stderr)
     with tqdm(total=total, unit='measurement', disable=None) as progress:  # None: on a terminal only
-        for mode in modes:
+        for mode in args.modes:
             steps: Dict[str, Step] = {}
             memory: Dict[str, Dict[str, float]] = {spec: {} for spec in networks}
             for spec, model in networks.items():
@@ -268,10 +262,10 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
                         memory[spec]['peak_mb'] = (torch.cuda.max_memory_allocated() - before) / 1e6
                 except Exception as e:  # of the network, of any type
                     raise CommandError(f'{spec} cannot {mode} on {tuple(x.shape)}: {first_line(e)}') from e
-            rows = summarize(interleave(steps, clock, args.rounds, args.repeats, progress.update), args.peer)
+            times = interleave(steps, Clock(x.device), args.rounds, args.repeats, progress.update)
             results += [
                 dict(model=spec, mode=mode, images_per_s=len(x) / row['ms'] * 1e3, **row, **memory[spec])
-                for spec, row in rows.items()]
+                for spec, row in summarize(times, args.peer).items()]
 
     settings = {k: getattr(args, k) for k in (
         'peer', 'batch_size', 'compile', 'channels_last', 'amp', 'rounds', 'repeats', 'model_kwargs')}
@@ -282,22 +276,20 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
     report = dict(settings=settings, results=results)
     if args.blocks:
         print('timm-sepool bench: timing the blocks', file=sys.stderr)
-        report['blocks'] = measure_blocks(
-            {k: v for k, v in blocks.items() if v}, modes, x.bfloat16() if args.amp else x, clock, autocast, args)
+        like = x.bfloat16() if args.amp else x
+        report['blocks'] = measure_blocks({k: v for k, v in blocks.items() if v}, like, autocast, args)
     return report
 
 
 def measure_blocks(
-        blocks: Dict[str, List[Any]], modes: List[str], like: torch.Tensor, clock: Clock, autocast: Autocast,
-        args: argparse.Namespace,
+        blocks: Dict[str, List[Any]], like: torch.Tensor, autocast: Autocast, args: argparse.Namespace,
 ) -> List[Dict[str, Any]]:
-    """Time the blocks of the four stages of each network in turns, for images of the shape and kind of `like`.
+    """Time the four blocks of each network in turns, for images of the shape and kind of `like`.
 
-    Returns:
-        Dicts of model, mode, stage, mb (size of x), what `summarize` returns and roofline (its time over the measured).
+    Returns dicts of model, mode, stage, mb (size of x), what `summarize` returns, and roofline (its time over ms).
     """
     results = []
-    for mode, stage in itertools.product(modes, range(4)):
+    for mode, stage in itertools.product(args.modes, range(4)):
         size = [-(-n // 2 ** (stage + 2)) for n in like.shape[2:]]
         steps: Dict[str, Step] = {}
         for spec, stages in blocks.items():
@@ -306,7 +298,7 @@ def measure_blocks(
         nbytes = math.prod(shape) * like.itemsize
         source = torch.ones(nbytes, dtype=torch.int8, device=like.device)  # memory never written is cheaper to read
         steps['copy'] = partial(torch.empty_like(source).copy_, source)
-        times = interleave(steps, clock, args.rounds, max(5, args.repeats))
+        times = interleave(steps, Clock(like.device), args.rounds, max(5, args.repeats))
         rows = summarize(times, args.peer if args.peer in steps else 'copy')
         bound = rows.pop('copy')['ms'] / 2 * PASSES[mode]  # a copy takes two passes
         results += [

@@ -65,9 +65,7 @@ def run(args: argparse.Namespace) -> None:
 def load_model(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
     """Load the network and its preprocessing. Whether it can be drawn is checked before a download.
 
-    Raises:
-        ValueError: If the network cannot be drawn.
-        CommandError: If the network does not exist, or its weights or preprocessing do not fit it.
+    Raises ValueError if the network cannot be drawn, CommandError if it does not exist or something does not fit it.
     """
     import torch
 
@@ -107,12 +105,9 @@ def load_model(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
 
 
 def load_images(args: argparse.Namespace, cfg: Dict[str, Any]) -> Tuple[Any, Any, List[str]]:
-    """Load preprocessed images (N, C, H, W), their labels (N,) and the names of all classes.
+    """Load preprocessed images (N, C, H, W), spread evenly over the data, or for gates over each of the drawn classes.
 
-    The images are spread evenly over the data, or for gates over each of the drawn classes.
-
-    Raises:
-        CommandError: If the data cannot be read.
+    Returns the images, their labels (N,) and the names of all classes. Raises CommandError if data cannot be read.
     """
     import torch
 
@@ -138,7 +133,6 @@ def load_images(args: argparse.Namespace, cfg: Dict[str, Any]) -> Tuple[Any, Any
             raise CommandError(f'{args.data} is not a folder of images by class: {first_line(e)}') from e
         targets = [target for _, target in dataset.reader.samples]
         class_names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
-
     groups = [list(range(len(targets)))]
     if args.kind == 'gates':
         present = [class_names[target] for target in sorted(set(targets))]
