@@ -1,6 +1,7 @@
 """ The pictures: their arrays against formulas that do not know of the package, and their text """
 import sys
 from copy import deepcopy
+from functools import partial
 from typing import Dict
 from unittest import mock
 
@@ -19,32 +20,24 @@ from timm_sepool.plot import plot_descriptors, plot_gates, plot_kernels
 # two blocks in a stage: the last one is to be drawn
 LAST = {'layer1': 'layer1.0.se', 'layer2': 'layer2.1.se', 'layer3': 'layer3.0.se', 'layer4': 'layer4.0.se'}
 GRIDS = {'rgse_resnet50': (8, 4, 2, 1), 'spse_resnet50': (4, 4, 4, 4), 'seresnet50': (1, 1, 1, 1)}
+network = partial(tiny, layers=(1, 2, 1, 1))
 LABELS = torch.tensor([3, 0, 3, 5, 5, 0, 3, 1, 2, 9])
 
 
-def network(name: str, **kwargs) -> nn.Module:
-    return tiny(name, layers=(1, 2, 1, 1), **kwargs)
-
-
+@torch.no_grad()
 def se_inputs(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     """Input of the SE module of each stage's last block, which is the output of the block's last norm."""
     seen = {}
     for stage, name in LAST.items():
         getattr(model, stage)[-1].bn3.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
-    with torch.no_grad():
-        model(x)
+    model(x)
     return seen
 
 
+@torch.no_grad()
 def gate_of(se: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        if hasattr(se, 'forward_gate'):
-            return reference.squeeze_gate(se, x)
-        return se.fc2(se.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()  # of SENet
-
-
-def lines(ax) -> Dict[str, torch.Tensor]:
-    return {line.get_label(): torch.tensor(line.get_ydata()) for line in ax.get_lines()}
+    senet = se.fc2(se.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+    return reference.squeeze_gate(se, x) if hasattr(se, 'forward_gate') else senet
 
 
 def check_readable(figure) -> None:
@@ -61,8 +54,7 @@ def check_readable(figure) -> None:
     axes = [(ax, ax.get_window_extent(renderer)) for ax in figure.axes if ax.get_visible() and ax.axison]
     assert len(texts) > 10
     for i, (text, box) in enumerate(texts):
-        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
-        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
+        assert (figure.bbox.min <= box.min).all() and (box.max <= figure.bbox.max).all(), text
         assert not any(box.overlaps(other) for _, other in texts[i + 1:]), text
         assert not any(box.overlaps(other) for ax, other in axes if ax is not text.axes), text
 
@@ -78,7 +70,7 @@ def test_gates(name: str) -> None:
         gate = gate_of(model.get_submodule(module), seen).flatten(1)
         means = torch.stack([gate[LABELS == c].mean(0) for c in (0, 1, 2, 3, 5, 9)])
         order = means.mean(0).argsort()
-        drawn = lines(ax)
+        drawn = {line.get_label(): torch.tensor(line.get_ydata()) for line in ax.get_lines()}
         assert list(drawn) == ['class name0', 'class name2', 'class name5', 'mean over all 6 classes']
         for key, mean in zip(drawn, (means[0], means[2], means[4], means.mean(0))):
             torch.testing.assert_close(drawn[key], mean[order])
@@ -86,7 +78,8 @@ def test_gates(name: str) -> None:
         assert ax.get_title() == f'{module}: standard deviation over classes {spread:.3f}'
         assert ax.get_xlabel() == 'channel, sorted by the mean over all classes' and ax.get_ylim() == (0, 1)
     assert panels[0].get_ylabel() == 'mean gate' and '10 images, 1 or more of each' in figure.get_suptitle()
-    assert list(lines(plot_gates(model, x, LABELS, classes=[9]).axes[0])) == ['class 9', 'mean over all 6 classes']
+    one = plot_gates(model, x, LABELS, classes=[9]).axes[0].get_lines()
+    assert [line.get_label() for line in one] == ['class 9', 'mean over all 6 classes']
 
 
 @pytest.mark.parametrize('name,levels', [('rgse_resnet50', ('',)), ('spse_resnet50', (1, 2, 4))])

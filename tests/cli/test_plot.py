@@ -10,11 +10,10 @@ import timm
 from helpers.common import TINY, tiny
 from helpers.hub_server import HubServer
 from timm.data import resolve_data_config
-from timm_sepool.cli.hub import save_folder
+from timm_sepool.cli._output import save_folder
 from timm_sepool.cli.main import main
 from timm_sepool.cli.quickstart import DATA_CFG
 
-KINDS = ('gates', 'kernels', 'descriptors')
 TINY_ARGS = ['--model-kwargs', 'layers=(1,1,1,1)', 'channels=(16,32,64,128)']
 
 
@@ -23,8 +22,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     """The working directory, with the folder that quickstart writes, and images of three classes."""
     monkeypatch.chdir(tmp_path)
     model = tiny('spse_resnet50', in_chans=1, pretrained_cfg_overlay=DATA_CFG)
-    for path in ('digits', 'photos/a', 'photos/b', 'photos/c'):
+    for path in ('digits', 'photos/a', 'photos/b', 'photos/c', 'run', 'empty/class', 'broken/class'):
         Path(path).mkdir(parents=True)
+    Path('map.txt').write_text('z\na\nb\nc\n')
     cfg = resolve_data_config(model=model)
     save_folder(model, Path('digits'), dict(TINY, in_chans=1), cfg, [f'digit {i}' for i in range(10)])
     for i, name in enumerate(('b/x.png', 'a/y.jpg', 'a/x.png', 'c/z.png')):
@@ -43,7 +43,7 @@ def figures(monkeypatch) -> list:
 
 def test_digits(capsys, folder: Path, figures: list) -> None:
     """A folder by its path and as local-dir:, the digits by default, each picture under its kind's name."""
-    for kind, name in zip(KINDS, ('./digits', 'local-dir:digits', str(folder / 'digits'))):
+    for kind, name in (('gates', './digits'), ('kernels', 'local-dir:digits'), ('descriptors', str(folder / 'digits'))):
         assert main(['plot', kind, name, *(['--num-images', '3'] if kind == 'gates' else [])]) == 0
         assert capsys.readouterr().out == f'wrote {kind}.png\n'
         assert Image.open(f'{kind}.png').width > 1300
@@ -59,9 +59,8 @@ def test_digits(capsys, folder: Path, figures: list) -> None:
 
 def test_checkpoint_and_images(folder: Path, figures: list) -> None:
     """A training checkpoint with the preprocessing of its args.yaml, and a folder of images by class."""
-    Path('run').mkdir()
     torch.save({'state_dict': tiny('rgse_resnet50', num_classes=3).state_dict()}, 'run/last.pth.tar')
-    args = dict(model='rgse_resnet50', model_kwargs=TINY, img_size=64, in_chans=None)
+    args = dict(model='rgse_resnet50', model_kwargs=TINY, img_size=64, in_chans=None, interpolation='')
     Path('run/args.yaml').write_text(json.dumps(args))
     argv = ['rgse_resnet50', '--checkpoint', 'run/last.pth.tar', '--data', 'photos']
     assert main(['plot', 'descriptors', *argv, '--num-images', '3']) == 0  # of four, spread over the data
@@ -70,7 +69,6 @@ def test_checkpoint_and_images(folder: Path, figures: list) -> None:
     assert [ax.get_ylabel().split('\n')[0] for ax in rows] == ['class a', 'class a', 'class c']
     greens = [ax.images[0].get_array()[32, 32, 1] for ax in rows]
     assert greens == pytest.approx([120 / 255, 60 / 255, 180 / 255], abs=0.02)  # each image beside its class
-    Path('map.txt').write_text('z\na\nb\nc\n')
     assert main(['plot', 'gates', *argv, '--class-map', 'map.txt', '--classes', 'b', 'c']) == 0
     assert [line.get_label() for line in figures[1].axes[0].lines] == ['class b', 'class c', 'mean over all 2 classes']
 
@@ -88,19 +86,17 @@ def test_bad_input(capsys, folder: Path, hub: HubServer) -> None:
     for name, chans in (('rgse', 3), ('grey', 1), ('four', 4)):
         torch.save(tiny('rgse_resnet50', num_classes=3, in_chans=chans).state_dict(), f'{name}.pth')
     torch.save(timm.create_model('resnet18').state_dict(), 'resnet18.pth')
-    for path in ('empty/class', 'broken/class'):
-        Path(path).mkdir(parents=True)
     Path('broken/class/x.png').write_text('not an image')
-    Path('map.txt').write_text('z\na\nb\nc\n')
     before, requests = sorted(folder.rglob('*')), len(hub.requests)
     rgse, four = (['rgse_resnet50', *TINY_ARGS, '--checkpoint', f'{name}.pth'] for name in ('rgse', 'four'))
     mean_std = ['--img-size', '32', '--mean', *4 * ['0.5'], '--std', *4 * ['0.5']]
     for message, kind, *argv in (
             ('ResNet has no SE module', 'kernels', 'resnet50'),
             ('Every squeeze of this ResNet is the global average', 'kernels', 'seresnet50'),
-            ('out.txt must be named .png, .pdf or .svg', 'kernels', './digits', '--out', 'out.txt'),
-            ('Cannot load resnet18.pth as seresnet18', 'gates', 'seresnet18', '--checkpoint', 'resnet18.pth'),
-            ('Cannot create nope', 'gates', 'nope'),
+            ('The name of out.txt must end in .png, .pdf or .svg', 'kernels', './digits', '--out', 'out.txt'),
+            ('resnet18.pth does not fit seresnet18', 'gates', 'seresnet18', '--checkpoint', 'resnet18.pth'),
+            ("Unknown model 'nope'", 'gates', 'nope'),
+            ('Cannot create rgse_resnet50.nope', 'gates', 'rgse_resnet50.nope'),
             ('local-dir:digits has its own weights', 'gates', 'local-dir:digits', *rgse[1:]),
             ('its preprocessing is for 3', 'kernels', 'rgse_resnet50', *TINY_ARGS, '--checkpoint', 'grey.pth'),
             ('images with 4 channels. Only 1 or 3', 'descriptors', *four, *mean_std),

@@ -1,13 +1,12 @@
 """ What `timm-sepool bench` measures: interleaved timings of networks and blocks, and their statistics
 
-Noise on a shared machine is larger than the differences between networks. So all networks run in one process and in
-turns, in a new random order each round. The times of one round are close together, so each round gives one ratio to the
-peer; the median and the quartiles of these ratios are reported.
+Noise on a shared machine is larger than the differences between networks. So all networks run in turns, in a new random
+order each round. The times of one round are close together, so each round gives one ratio to the peer.
 
 Blocks are compared with their roofline: the time of their least memory traffic, everything after bn3 fused, at the
 bandwidth of a copy in the same run. Forward takes 4 passes over x (read for the squeeze; x and the shortcut read and
-the output written for the sum), backward 6 more. The share says something for large x only: a map that fits into a
-cache is not bound by memory.
+the output written for the sum), backward 6 more. It means something for large x only: a map that fits into a cache is
+not bound by memory.
 """
 import argparse
 import itertools
@@ -16,7 +15,7 @@ import platform
 import random
 import statistics
 import sys
-import time
+import timeit
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -50,10 +49,8 @@ class ReferenceBlock(nn.Module):
         m = self.module
         params = dict(m.named_parameters(recurse=False))
         levels = [(w, params.get(name.replace('weight', 'bias'))) for name, w in params.items() if 'weight' in name]
-        if levels:
-            x_se: Any = sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, b, groups=len(w)) for w, b in levels)
-        else:
-            x_se = x.mean((2, 3), keepdim=True)
+        pooled: Any = [F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, b, groups=len(w)) for w, b in levels]
+        x_se = sum(pooled) if pooled else x.mean((2, 3), keepdim=True)
         return x * m.fc2(m.fc1(m.bn(x_se).relu()).relu()).sigmoid()
 
 
@@ -88,15 +85,11 @@ class Clock:
     """Mean time of a step in ms, on CUDA measured by events, with the cache overwritten before each step."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == 'cuda'
-        self.flush = torch.empty(2 ** 28 if self.cuda else 0, dtype=torch.int8, device=device)
+        self.flush = torch.empty(2 ** 28, dtype=torch.int8, device=device) if device.type == 'cuda' else None
 
     def __call__(self, step: Step, repeats: int) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                step()
-            return (time.perf_counter() - start) / repeats * 1e3
+        if self.flush is None:
+            return timeit.timeit(step, number=repeats) / repeats * 1e3
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for begin, end in events:
             self.flush.zero_()
@@ -111,35 +104,24 @@ def interleave(
         steps: Dict[str, Step], clock: Callable[[Step, int], float], rounds: int, repeats: int,
         after_each: Step = lambda: None,
 ) -> Dict[str, List[float]]:
-    """Time several functions in turns, in a random order each round, after one round of warm-up.
+    """Time functions in turns, in a random order each round, after one round of warm-up.
 
-    Args:
-        steps: Functions by name.
-        clock: Times consecutive calls of a function, see `Clock`.
-        rounds: Measurements of each function.
-        repeats: Consecutive calls in one measurement.
-        after_each: Called after each measurement.
-
-    Returns:
-        Times (ms) of each function, by name in the order of the rounds.
+    Returns `rounds` times (ms) of each function by name, each of them `clock`'s mean of `repeats` consecutive calls.
     """
     times: Dict[str, List[float]] = {key: [] for key in steps}
     generator = random.Random(0)
-    for i in range(-1, rounds):
+    for _ in range(rounds + 1):
         for key in generator.sample(list(steps), len(steps)):
-            ms = clock(steps[key], repeats)
-            if i >= 0:
-                times[key].append(ms)
+            times[key].append(clock(steps[key], repeats))
             after_each()
-    return times
+    return {key: values[1:] for key, values in times.items()}
 
 
 def summarize(times: Dict[str, List[float]], peer: str) -> Dict[str, Dict[str, float]]:
-    """Statistics of what `interleave` returns.
+    """Statistics of what `interleave` returns, by name.
 
-    Returns:
-        By name: ms, the median time; spread, its interquartile range over the median; ratio, ratio_low and ratio_high,
-        the median and the quartiles of the rounds' throughputs relative to the peer's in the same round.
+    ms is the median time; spread its interquartile range over the median; ratio, ratio_low and ratio_high the median
+    and the quartiles of the rounds' throughputs relative to the peer's in the same round.
     """
     def quartiles(values: List[float]) -> List[float]:
         return statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
@@ -162,21 +144,18 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
-    del out
+        model(x)
     return sum(nbytes for ptr, nbytes in saved.items() if ptr not in known)
 
 
 def network_step(model: nn.Module, x: torch.Tensor, mode: str, autocast: Autocast) -> Step:
     """One inference or training step of a network on images x (B, C, H, W)."""
-    if mode == 'infer':
-        @torch.inference_mode()
-        def infer() -> None:
-            with autocast():
-                model(x)
-        return infer
-
     optimizer = torch.optim.SGD(model.parameters(), lr=0., momentum=0.9)  # does its work and leaves the weights
+
+    @torch.inference_mode()
+    def infer() -> None:
+        with autocast():
+            model(x)
 
     def train() -> None:
         with autocast():
@@ -185,7 +164,7 @@ def network_step(model: nn.Module, x: torch.Tensor, mode: str, autocast: Autocas
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return train
+    return infer if mode == 'infer' else train
 
 
 def block_step(block: nn.Module, shape: Sequence[int], mode: str, like: torch.Tensor, autocast: Autocast) -> Step:
@@ -214,24 +193,19 @@ def block_step(block: nn.Module, shape: Sequence[int], mode: str, like: torch.Te
     return step
 
 
-def attention_blocks(model: nn.Module) -> List[Any]:
+def attention_blocks(model: Any) -> List[Any]:
     """Last block of each stage of a ResNet of Bottlenecks with attention, else nothing."""
-    blocks: List[Any] = []
-    if isinstance(model, ResNet):
-        blocks = [model.get_submodule(f'layer{stage}')[-1] for stage in (1, 2, 3, 4)]  # type: ignore[index]
+    blocks = [getattr(model, f'layer{i}')[-1] for i in (1, 2, 3, 4)] if isinstance(model, ResNet) else []
     return blocks if all(isinstance(block, Bottleneck) and block.se is not None for block in blocks) else []
 
 
 def measure(args: argparse.Namespace) -> Dict[str, Any]:
-    """Time networks, and with --blocks their blocks, in turns.
-
-    Args:
-        args: Options of `timm-sepool bench`.
+    """Time networks, and with --blocks their blocks, in turns, by the options of `timm-sepool bench`.
 
     Returns:
         settings; results, a list of dicts of model, mode, images_per_s, what `summarize` returns, saved_mb (kept for
-        the backward, train mode without compile) and peak_mb (CUDA); and, if args.blocks, blocks, a list of dicts of
-        model, mode, stage, mb (size of x), what `summarize` returns and roofline (its time over the measured one).
+        the backward, train mode without compile) and peak_mb (CUDA); and, if args.blocks, blocks, what
+        `measure_blocks` returns.
 
     Raises:
         CommandError: If tqdm is missing, or the device or a network does not exist or cannot do what is asked.
@@ -240,35 +214,34 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
         from tqdm import tqdm
     except ImportError as e:
         raise CommandError('The progress bar needs tqdm: pip install "timm_sepool[quickstart]".') from e
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    size = (args.img_size * 2)[:2]
+    args.modes = list(PASSES) if args.mode is None else [args.mode]
     fmt = torch.channels_last if args.channels_last else torch.contiguous_format
     try:
-        x = torch.randn(args.batch_size, 3, *args.img_size, device=args.device).to(memory_format=fmt)
+        x = torch.randn(args.batch_size, 3, *size, device=args.device).to(memory_format=fmt)
     except (RuntimeError, AssertionError) as e:  # torch asserts that it was built with CUDA
         raise CommandError(f'Cannot use the device {args.device!r}: {first_line(e)}') from e
-    device = x.device
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)  # events and memory statistics are those of the current device
-    elif device.type != 'cpu':
+    if x.device.type not in ('cpu', 'cuda'):
         raise CommandError(f'--device must be cpu or cuda, because others run asynchronously; got {args.device!r}.')
+    if x.is_cuda:
+        torch.cuda.set_device(x.device)  # events and memory statistics are those of the current device
     networks: Dict[str, Any] = {
-        spec: create_network(spec, **args.model_kwargs).to(device).to(memory_format=fmt)
+        spec: create_network(spec, **args.model_kwargs).to(x.device).to(memory_format=fmt)
         for spec in dict.fromkeys([args.peer, *args.models])}
-    blocks = {spec: attention_blocks(model) for spec, model in networks.items()} if args.blocks else {}
+    blocks = {spec: attention_blocks(model) for spec, model in networks.items() if args.blocks}
     if args.blocks and not any(blocks.values()):
         raise CommandError('--blocks needs a ResNet of bottlenecks with attention. Name one, such as seresnet50.')
-    if args.compile:
-        # networks of one class share this limit; with fullgraph they fail beyond it
+    if args.compile:  # networks of one class share this limit; with fullgraph they fail beyond it
         config = _private.dynamo_config
         config.cache_size_limit = max(config.cache_size_limit, 4 * len(networks))
 
-    autocast = partial(torch.autocast, device.type, torch.bfloat16) if args.amp else nullcontext
-    clock = Clock(device)
+    autocast = partial(torch.autocast, x.device.type, torch.bfloat16) if args.amp else nullcontext
     results: List[Dict[str, Any]] = []
     total = len(args.modes) * len(networks) * (args.rounds + 1)
-    what = 'compiling and timing' if args.compile else 'timing'
-    print(
-        f'timm-sepool bench: {what} {len(networks)} networks, {total} measurements; the table comes at the end',
-        file=sys.stderr)
+    what = f'{"compiling and " if args.compile else ""}timing {len(networks)} networks, {total} measurements'
+    print(f'timm-sepool bench: {what}; the table comes at the end', file=sys.stderr)
     with tqdm(total=total, unit='measurement', disable=None) as progress:  # None: on a terminal only
         for mode in args.modes:
             steps: Dict[str, Step] = {}
@@ -282,49 +255,50 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
                     network: Any = torch.compile(model, fullgraph=True) if args.compile else model
                     steps[spec] = network_step(network, x, mode, autocast)
                     steps[spec]()
-                    if device.type == 'cuda':
+                    if x.is_cuda:
                         before = torch.cuda.memory_allocated()
                         torch.cuda.reset_peak_memory_stats()
                         steps[spec]()
                         memory[spec]['peak_mb'] = (torch.cuda.max_memory_allocated() - before) / 1e6
                 except Exception as e:  # of the network, of any type
                     raise CommandError(f'{spec} cannot {mode} on {tuple(x.shape)}: {first_line(e)}') from e
-            rows = summarize(interleave(steps, clock, args.rounds, args.repeats, progress.update), args.peer)
+            times = interleave(steps, Clock(x.device), args.rounds, args.repeats, progress.update)
             results += [
                 dict(model=spec, mode=mode, images_per_s=len(x) / row['ms'] * 1e3, **row, **memory[spec])
-                for spec, row in rows.items()]
-            for model in networks.values():
-                model.zero_grad()
+                for spec, row in summarize(times, args.peer).items()]
 
-    cpu = f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}'
     settings = {k: getattr(args, k) for k in (
         'peer', 'batch_size', 'compile', 'channels_last', 'amp', 'rounds', 'repeats', 'model_kwargs')}
+    cpu = f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}'
     settings.update(
-        size=list(args.img_size), threads=torch.get_num_threads(), torch=torch.__version__, timm_sepool=__version__,
-        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu)
+        size=list(size), threads=torch.get_num_threads(), torch=torch.__version__, timm_sepool=__version__,
+        device=torch.cuda.get_device_name(x.device) if x.is_cuda else cpu)
     report = dict(settings=settings, results=results)
     if args.blocks:
         print('timm-sepool bench: timing the blocks', file=sys.stderr)
-        report['blocks'] = measure_blocks(
-            {k: v for k, v in blocks.items() if v}, args, x.bfloat16() if args.amp else x, clock, autocast)
+        like = x.bfloat16() if args.amp else x
+        report['blocks'] = measure_blocks({k: v for k, v in blocks.items() if v}, like, autocast, args)
     return report
 
 
 def measure_blocks(
-        blocks: Dict[str, List[Any]], args: argparse.Namespace, like: torch.Tensor, clock: Clock, autocast: Autocast,
+        blocks: Dict[str, List[Any]], like: torch.Tensor, autocast: Autocast, args: argparse.Namespace,
 ) -> List[Dict[str, Any]]:
-    """What `measure` returns as blocks. Takes the blocks of the four stages by network, and `like` of `block_step`."""
+    """Time the four blocks of each network in turns, for images of the shape and kind of `like`.
+
+    Returns dicts of model, mode, stage, mb (size of x), what `summarize` returns, and roofline (its time over ms).
+    """
     results = []
     for mode, stage in itertools.product(args.modes, range(4)):
-        size = [-(-n // 2 ** (stage + 2)) for n in args.img_size]
+        size = [-(-n // 2 ** (stage + 2)) for n in like.shape[2:]]
         steps: Dict[str, Step] = {}
         for spec, stages in blocks.items():
-            shape = (args.batch_size, stages[stage].bn3.num_features, *size)
+            shape = (len(like), stages[stage].bn3.num_features, *size)
             steps[spec] = block_step(stages[stage], shape, mode, like, autocast)
         nbytes = math.prod(shape) * like.itemsize
         source = torch.ones(nbytes, dtype=torch.int8, device=like.device)  # memory never written is cheaper to read
         steps['copy'] = partial(torch.empty_like(source).copy_, source)
-        times = interleave(steps, clock, args.rounds, max(5, args.repeats))
+        times = interleave(steps, Clock(like.device), args.rounds, max(5, args.repeats))
         rows = summarize(times, args.peer if args.peer in steps else 'copy')
         bound = rows.pop('copy')['ms'] / 2 * PASSES[mode]  # a copy takes two passes
         results += [

@@ -19,29 +19,23 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         'models', nargs='*', default=DEFAULT_MODELS, metavar='MODEL[+ATTN]',
         help='any models of timm; NAME+cbam has that attention layer of timm, NAME+reference computes the block as the '
-        'paper writes it (default: both ResNet-50 and their peers)',
-    )
+        'paper writes it (default: both ResNet-50 and their peers)')
     parser.add_argument(
         '--peer', default='seresnet50', metavar='MODEL[+ATTN]', help='compare with this one (default: %(default)s)')
-    parser.add_argument(
-        '--mode', nargs=1, dest='modes', default=list(MODES), choices=list(MODES),
-        help='time inference or training steps (default: both)')
+    parser.add_argument('--mode', choices=list(MODES), help='time inference or training steps (default: both)')
     parser.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images (default: %(default)s)')
     parser.add_argument('--img-size', type=int, nargs='+', default=[224], metavar='N', help='side, or height and width')
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: %(default)s)')
     parser.add_argument('--compile', action='store_true', help='compile the networks with torch.compile')
     parser.add_argument('--channels-last', action='store_true', help='use the channels_last memory format')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
-    parser.add_argument(
-        '--rounds', type=int, default=7, metavar='N', help='measurements of each network (default: %(default)s)')
-    parser.add_argument(
-        '--repeats', type=int, default=1, metavar='N', help='steps in one measurement (default: %(default)s)')
+    parser.add_argument('--rounds', type=int, default=7, metavar='N', help='measurements of each network (default: 7)')
+    parser.add_argument('--repeats', type=int, default=1, metavar='N', help='steps in one measurement (default: 1)')
     parser.add_argument('--threads', type=int, metavar='N', help='CPU threads')
     parser.add_argument('--blocks', action='store_true', help='also time everything after bn3 of one block per stage')
     add_model_kwargs(parser, 'arguments of all models')
     parser.add_argument('--json', action='store_true', help='print JSON')
-    parser.add_argument(
-        '--plot', type=Path, metavar='FILE', help='write a bar chart (.png, .pdf or .svg), must not exist')
+    parser.add_argument('--plot', type=Path, metavar='FILE', help='write a bar chart to a new .png, .pdf or .svg file')
     parser.set_defaults(run=run)
 
 
@@ -51,8 +45,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CommandError: If an option is invalid, a network cannot be timed or the chart cannot be written.
     """
-    args.img_size = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
-    if len(args.img_size) != 2:
+    if len(args.img_size) > 2:
         raise CommandError(f'--img-size takes one side or height and width, got {len(args.img_size)} numbers.')
     if min(args.batch_size, args.rounds, args.repeats, *args.img_size, args.threads or 1) < 1 or args.threads == 0:
         raise CommandError('--batch-size, --img-size, --rounds, --repeats and --threads must be at least 1.')
@@ -61,12 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         check_figure_path(args.plot)
 
-    import torch
-
     from ._timing import measure
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     report = measure(args)
     print(json.dumps(report, indent=2) if args.json else table(report))
     if args.plot:
@@ -76,8 +65,7 @@ def run(args: argparse.Namespace) -> None:
 def conditions(settings: Dict[str, Any]) -> str:
     """Device and options of a report in one line."""
     flags = ''.join(f', {name}' for name in ('compile', 'channels_last', 'amp') if settings[name])
-    height, width = settings['size']
-    return f'{settings["device"]}, batch {settings["batch_size"]}, {height} x {width}{flags}'
+    return f'{settings["device"]}, batch {settings["batch_size"]}, {" x ".join(map(str, settings["size"]))}{flags}'
 
 
 def table(report: Dict[str, Any]) -> str:
@@ -90,8 +78,7 @@ def table(report: Dict[str, Any]) -> str:
         memory = r.get('peak_mb', r.get('saved_mb'))
         lines.append(
             f'{r["model"]:<28}{r["mode"]:<7}{r["ms"]:>9.1f}{50 * r["spread"]:>6.1f}{r["images_per_s"]:>10.1f}'
-            f'{r["ratio"]:>7.3f}  ({r["ratio_low"]:.3f}-{r["ratio_high"]:.3f})'
-            + (f'{memory:>7.0f}' if memory else f'{"-":>7}'))
+            f'{r["ratio"]:>7.3f}  ({r["ratio_low"]:.3f}-{r["ratio_high"]:.3f}){f"{memory:.0f}" if memory else "-":>7}')
     lines.append(f"""
 mode         infer: a forward; train: forward, backward and an SGD step
 ms           median time of a step over the rounds
@@ -116,22 +103,19 @@ mode, ms and ratio as above, for the last block of the stage, from the output of
 def chart(report: Dict[str, Any]):
     """Bar chart (`matplotlib.figure.Figure`) of the throughputs relative to the peer's, whiskers at their quartiles."""
     from ..plot import new_figure
-
-    results = report['results']
-    models = list(dict.fromkeys(r['model'] for r in results))[::-1]
-    modes = list(dict.fromkeys(r['mode'] for r in results))
-    figure = new_figure(10, 1.1 + 0.6 * len(models))
+    modes = list(dict.fromkeys(r['mode'] for r in report['results']))
+    num_models = len(report['results']) // len(modes)
+    figure = new_figure(10, 1.1 + 0.6 * num_models)
     axes = figure.subplots()
     height = 0.8 / len(modes)
     for i, mode in enumerate(modes):
-        rows = sorted((r for r in results if r['mode'] == mode), key=lambda r: models.index(r['model']))
-        positions = [k + ((len(modes) - 1) / 2 - i) * height for k in range(len(models))]
-        ratios = [r['ratio'] for r in rows]
+        rows = [r for r in report['results'] if r['mode'] == mode][::-1]  # the first model on top
+        positions = [k + ((len(modes) - 1) / 2 - i) * height for k in range(num_models)]
         whiskers = [[r['ratio'] - r['ratio_low'] for r in rows], [r['ratio_high'] - r['ratio'] for r in rows]]
-        bars = axes.barh(positions, ratios, height, xerr=whiskers, capsize=2, label=MODES[mode])
+        bars = axes.barh(positions, [r['ratio'] for r in rows], height, xerr=whiskers, capsize=2, label=MODES[mode])
         axes.bar_label(bars, fmt='%.2f', label_type='center', color='white')
+    axes.set_yticks(range(num_models), [r['model'] for r in rows])
     axes.axvline(1., color='black', linewidth=0.8)
-    axes.set_yticks(range(len(models)), models)
     axes.set_xlabel(f'throughput relative to {report["settings"]["peer"]}: median and quartiles of the rounds')
     axes.set_title(conditions(report['settings']))
     figure.legend(loc='outside lower center', ncols=2)

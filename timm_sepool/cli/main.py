@@ -19,8 +19,7 @@ from ._output import CommandError
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='timm-sepool',
-        description="SPSE and RGSE networks for timm. To train and validate them, use timm's train.py and validate.py.",
-    )
+        description="SPSE and RGSE networks for timm. To train and validate them, use timm's train.py and validate.py.")
     parser.add_argument('--version', action='version', version=f'timm_sepool {__version__}')
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for command in (quickstart, list_models, imagefolder, push, convert, plot, bench, cards):
@@ -30,10 +29,6 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Terminated(KeyboardInterrupt):
     """Raised on SIGTERM. A command cleans up as after Ctrl-C."""
-
-
-def _raise_terminated(signum, frame) -> None:
-    raise _Terminated
 
 
 def _prepare_streams() -> None:
@@ -59,20 +54,19 @@ def _flush_stdout() -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: Command line without the program's name, by default that of the process.
+    """Run one command line, without the program's name, by default that of the process.
 
     Returns:
         Exit code: 0, 2 for bad input, 130 or 143 if interrupted (SIGINT, SIGTERM), 141 if nobody reads the output.
     """
+    def terminate(signum, frame) -> None:
+        raise _Terminated
+
     _prepare_streams()
-    catches_sigterm = (
-        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # leave a caller's own handler in place
-        and threading.current_thread() is threading.main_thread())
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    catches_sigterm = in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # else a caller's
     if catches_sigterm:
-        signal.signal(signal.SIGTERM, _raise_terminated)
+        signal.signal(signal.SIGTERM, terminate)
     command = ''
     try:
         try:
