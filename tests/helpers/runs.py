@@ -30,14 +30,16 @@ def write_run(folder: Path, model: nn.Module, name: str, ema: Optional[nn.Module
 
 def write_results(path: Path, *rows: dict) -> Path:
     """Write a results file of validate.py, with its columns."""
-    row = dict(
-        model='', top1=71.5, top1_err=28.5, top5=91.0, top5_err=9.0, param_count=0.1, img_size=96, crop_pct=0.8,
-        interpolation='bilinear')
+    row = dict(model='', top1=71.5, top1_err=28.5, top5=91.0, img_size=96, crop_pct=0.8, interpolation='bilinear')
     with open(path, 'w', newline='') as f:
         writer = csv.DictWriter(f, row)
         writer.writeheader()
         writer.writerows({**row, **r} for r in rows)
     return path
+
+
+def push_args(model: str, checkpoint: Path, *flags: object) -> List[str]:
+    return ['push', model, '--repo-id', 'user/net', '--checkpoint', str(checkpoint), *map(str, flags)]
 
 
 def files(folder: Path) -> List[str]:

@@ -29,17 +29,16 @@ def first_line(error: BaseException) -> str:
 def check_new(path: Path) -> None:
     """Check, before any work is done for it, that an output path can be written.
 
-    Raises:
-        CommandError: If `path` exists, or its directory does not exist or is not writable.
+    Raises CommandError if `path` exists, or its directory does not exist or is not writable.
     """
     if os.path.lexists(path):
         raise CommandError(f'{path} already exists. Choose another output path or remove it first.')
-    if not os.path.lexists(path.parent):
+    folder = path.parent
+    if not os.path.lexists(folder):
         raise CommandError(
-            f'Cannot write {path}: the directory {path.parent} does not exist. Create it first: mkdir -p {path.parent}')
-    if not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
-        raise CommandError(
-            f'Cannot write {path}: {path.parent} is not a writable directory. Choose another output path.')
+            f'Cannot write {path}: the directory {folder} does not exist. Create it first: mkdir -p {folder}')
+    if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+        raise CommandError(f'Cannot write {path}: {folder} is not a writable directory. Choose another output path.')
 
 
 @contextmanager
@@ -59,10 +58,8 @@ def temporary_folder(parent: Optional[Path] = None) -> Iterator[Path]:
 def new_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path for the body to write, and rename it to `path` once the body has succeeded.
 
-    Raises:
-        CommandError: If `path` exists or cannot be written.
+    Raises CommandError if `path` exists or cannot be written.
     """
-    path = Path(path)
     check_new(path)
     try:
         with temporary_folder(path.parent) as folder:
@@ -83,33 +80,25 @@ def new_path(path: Path) -> Iterator[Path]:
 
 def _rename(source: Path, target: Path) -> None:
     """Rename, or fail if another process has written the target meanwhile: os.rename would replace a file."""
-    if source.is_dir():
-        os.rename(source, target)
-        return
     try:
-        os.link(source, target)  # the source is removed with its folder
+        if not source.is_dir():
+            os.link(source, target)  # the source is removed with its folder
+            return
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
         check_new(target)
-        os.rename(source, target)
+    os.rename(source, target)
 
 
 def save_folder(
-        model: Any,
-        folder: Path,
-        model_args: Dict[str, Any],
-        preprocessing: Optional[Dict[str, Any]] = None,
+        model: Any, folder: Path, model_args: Dict[str, Any], preprocessing: Optional[Dict[str, Any]] = None,
         label_names: Optional[List[str]] = None,
 ) -> None:
     """Write model.safetensors and config.json, for `hf-hub:`, `local-dir:` and transformers' timm wrapper.
 
-    Args:
-        model: The network.
-        folder: Folder to write.
-        model_args: Arguments the network was created with.
-        preprocessing: Entries for the config of trained weights, which replace those of their source.
-        label_names: Class names. Trained weights do not inherit those of their source.
+    The network was created with `model_args`. `preprocessing` has the entries for the config of trained weights, which
+    replace those of their source. Trained weights do not inherit the `label_names` (of the classes) either.
     """
     from timm.models import save_for_hf
 

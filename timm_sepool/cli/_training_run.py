@@ -35,8 +35,7 @@ class TrainedModel(NamedTuple):
 def load_checkpoint(path: Path, use_ema: bool = False) -> Dict[str, Any]:
     """Read the state dict of a safetensors file or of a pickled checkpoint, without running the pickle's code.
 
-    Raises:
-        CommandError: If the file is missing, damaged, would execute code, or has no (EMA) state dict.
+    Raises CommandError if the file is missing, damaged, would execute code, or has no (EMA) state dict.
     """
     try:
         if path.suffix == '.safetensors':
@@ -85,9 +84,7 @@ def read_run_args(checkpoint: Path, path: Optional[Path] = None) -> Optional[Dic
     """Arguments of train.py from `path`, or from a converted checkpoint's metadata, or from the args.yaml beside it.
 
     Metadata without the preprocessing counts only where there is no args.yaml. Returns None if nothing tells them.
-
-    Raises:
-        CommandError: If the file is not an args.yaml of train.py.
+    Raises CommandError if the file is not an args.yaml of train.py.
     """
     if path is None:
         beside = checkpoint.with_name('args.yaml')
@@ -132,19 +129,14 @@ def _run_model_kwargs(run_args: Dict[str, Any], arch: str, checkpoint: Path) -> 
 
 
 def load_trained(
-        name: str,
-        checkpoint: Path,
-        use_ema: bool = False,
-        run_args_path: Optional[Path] = None,
+        name: str, checkpoint: Path, use_ema: bool = False, run_args_path: Optional[Path] = None,
         model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> TrainedModel:
     """Create the network that a checkpoint was trained as, with the checkpoint's weights.
 
     Its config and arguments are those of the training run (`model_kwargs` replace some), its classes the checkpoint's.
-    `name` is the architecture that is expected, `run_args_path` is what `read_run_args` takes.
-
-    Raises:
-        CommandError: If a file cannot be read, or the checkpoint does not fit the architecture and its arguments.
+    `name` is the architecture that is expected, `run_args_path` is what `read_run_args` takes. Raises CommandError if a
+    file cannot be read, or the checkpoint does not fit the architecture and its arguments.
     """
     arch = get_arch_name(name)
     run_args = read_run_args(checkpoint, run_args_path)
@@ -184,17 +176,12 @@ def load_trained(
 
 
 def training_preprocessing(
-        model: nn.Module,
-        run_args: Optional[Dict[str, Any]],
-        flags: Dict[str, Any],
-        checkpoint: Union[Path, str],
+        model: nn.Module, run_args: Optional[Dict[str, Any]], flags: Dict[str, Any], checkpoint: Union[Path, str],
 ) -> Dict[str, Any]:
     """Entries PREPROCESSING of a pretrained cfg, as train.py validated with: flags, run's arguments, model's config.
 
-    `model` and `run_args` are those of `load_trained`, `flags` any of PREPROCESSING_FLAGS.
-
-    Raises:
-        CommandError: If the preprocessing is unknown or invalid.
+    `model` and `run_args` are those of `load_trained`, `flags` any of PREPROCESSING_FLAGS. Raises CommandError if the
+    preprocessing is unknown or invalid.
     """
     if 'interpolation' not in (run_args or {}) and not flags.keys() >= {*PREPROCESSING_FLAGS}:
         raise CommandError(
@@ -223,9 +210,7 @@ def read_results(path: Path, arch: str, preprocessing: Dict[str, Any]) -> List[D
 
     A row counts if its model is `arch`, or a folder or repository that holds `arch`. `preprocessing` is the pretrained
     cfg that will be published. Returns img_size (px), crop_pct, interpolation, top1 and top5 (%) of every row.
-
-    Raises:
-        CommandError: If the file has no row of this network, several of one size, or one of another preprocessing.
+    Raises CommandError if the file has no row of this network, several of one size, or one of another preprocessing.
     """
     types = dict(img_size=int, crop_pct=float, interpolation=str, top1=float, top5=float)
     try:

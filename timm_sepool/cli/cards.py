@@ -48,7 +48,7 @@ def model_card(
         trained: bool = False,
         license: str = 'apache-2.0',
 ):
-    """Card of a registered `MODEL.TAG` or of a network to be pushed.
+    """Create the `huggingface_hub.ModelCard` of a registered `MODEL.TAG` or of a network to be pushed.
 
     Args:
         name: Registered model name, with its tag if its weights are the tag's.
@@ -58,9 +58,6 @@ def model_card(
         results: Measured accuracies, dicts of img_size (px), top1 and top5 (%).
         trained: The weights come from a checkpoint, not from the donor.
         license: License of trained weights.
-
-    Returns:
-        The `huggingface_hub.ModelCard`.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -70,7 +67,7 @@ def model_card(
     model_args = {k: v for k, v in (model_args or {}).items() if k not in ('num_classes', 'in_chans')}
     stats = model_stats(arch, tuple(cfg['input_size']), num_classes=cfg['num_classes'], **model_args)
     donor = None if trained else cfg['hf_hub_id']
-    claim = None
+    claim = None if trained else next((row for row in TABLE if row.model == arch), None)
     if arch == 'adopted':
         family = model_args.get('squeeze', 'rgse').upper()
         backbone = model_args.get('base', 'seresnet50')
@@ -78,32 +75,22 @@ def model_card(
     else:
         family, backbone = arch.split('_')
         family, squeeze = family.upper(), _SQUEEZES[family.upper()]
-        if not trained:
-            claim = next(row for row in TABLE if row.model == arch)
         backbone = backbone.replace('resnext', 'ResNeXt-').replace('resnet', 'ResNet-')
 
-    repo_url = f'https://huggingface.co/{model_id.removeprefix("hf-hub:")}'
-    rows = [
-        dict(
-            row, of='these weights', dataset='imagefolder', dataset_name='the data set that they were validated on',
-            source_name='validate.py of timm, run by the author', source_url=repo_url)
-        for row in results or ()]
-    rows += [
-        dict(
-            img_size=size, top1=top1, top5=top5, of=f'the donor, {donor}', dataset='imagenet-1k',
-            dataset_name='ImageNet-1k', source_name="timm's results-imagenet.csv", source_url=RESULTS_URL)
-        for size, top1, top5 in DONOR_RESULTS.get(donor or '', ())]
+    repo_id = model_id.removeprefix('hf-hub:')
+    measured = dict(
+        of='these weights', dataset='imagefolder', dataset_name='the data set that they were validated on',
+        source_name='validate.py of timm, run by the author', source_url=f'https://huggingface.co/{repo_id}')
+    published = dict(
+        of=f'the donor, {donor}', dataset='imagenet-1k', dataset_name='ImageNet-1k',
+        source_name="timm's results-imagenet.csv", source_url=RESULTS_URL)
+    rows = [{**row, **measured} for row in results or ()]
+    rows += [dict(published, img_size=size, top1=a, top5=b) for size, a, b in DONOR_RESULTS.get(donor or '', ())]
     eval_results = [
         EvalResult(
-            task_type='image-classification',
-            dataset_type=row['dataset'],
-            dataset_name=row['dataset_name'],
-            metric_type='accuracy',
-            metric_name=f'top-{k} accuracy (%) of {row["of"]}, {row["img_size"]} px',
-            metric_value=row[f'top{k}'],
-            source_name=row['source_name'],
-            source_url=row['source_url'],
-        )
+            task_type='image-classification', dataset_type=row['dataset'], dataset_name=row['dataset_name'],
+            metric_type='accuracy', metric_name=f'top-{k} accuracy (%) of {row["of"]}, {row["img_size"]} px',
+            metric_value=row[f'top{k}'], source_name=row['source_name'], source_url=row['source_url'])
         for row in rows for k in (1, 5)]
     data = ModelCardData(
         license=cfg['license'] if donor else license,
@@ -112,7 +99,7 @@ def model_card(
         tags=['image-classification', 'timm', 'squeeze-and-excitation', family.lower()],
         datasets=['imagenet-1k'] if donor else None,
         base_model=donor,
-        model_name=model_id.removeprefix('hf-hub:'),
+        model_name=repo_id,
         eval_results=eval_results or None,
     )
     chans, *size = cfg['input_size']

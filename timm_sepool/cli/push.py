@@ -30,6 +30,8 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export the network, then upload it or keep the folder."""
+    from huggingface_hub import get_token
+
     check_model(args.model)
     _check_repo_id(args.repo_id)
     if args.checkpoint is None and (preprocessing(args) or args.model_kwargs or args.args or args.use_ema):
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
             export(args, temporary)
         print(f'wrote {args.dry_run}, nothing was uploaded')
         return
-    _check_token()
+    if get_token() is None:
+        raise CommandError('No Hugging Face token was found. Run `hf auth login` or set HF_TOKEN.')
     with temporary_folder() as folder:
         try:
             export(args, folder)
@@ -58,10 +61,6 @@ def run(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace, folder: Path) -> None:
     """Write what `push` uploads: model.safetensors, config.json and README.md (the card).
-
-    Args:
-        args: Arguments of the command.
-        folder: Folder to write.
 
     Raises:
         CommandError: If an input is missing, damaged or does not fit the others.
@@ -116,14 +115,6 @@ def _check_repo_id(repo_id: str) -> None:
         raise CommandError(f'{repo_id!r} is not a repository id: {first_line(e)}') from e
 
 
-def _check_token() -> None:
-    """Raise CommandError if nobody has logged in."""
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        raise CommandError('No Hugging Face token was found. Run `hf auth login` or set HF_TOKEN.')
-
-
 def hub_errors() -> Tuple[Type[BaseException], ...]:
     """Errors of the Hub client. While it transfers, they are those of its HTTP library, which its version decides."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -132,16 +123,9 @@ def hub_errors() -> Tuple[Type[BaseException], ...]:
 
 
 def upload(folder: Path, repo_id: str, private: bool = False, force: bool = False) -> str:
-    """Upload an exported folder. Create the repository if it does not exist. Make no commit if nothing changed.
+    """Upload an exported folder to USER/NAME and return the URL of the commit, or of the last one if nothing changed.
 
-    Args:
-        folder: What `export` wrote.
-        repo_id: USER/NAME.
-        private: Create the repository private.
-        force: Replace whatever the repository holds.
-
-    Returns:
-        URL of the commit.
+    `private` creates the repository private, `force` replaces whatever it holds.
 
     Raises:
         CommandError: If the Hub refuses, or the repository holds something else or is public against `private`.
