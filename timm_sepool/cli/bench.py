@@ -14,7 +14,6 @@ MODES = {'infer': 'inference', 'train': 'training step'}
 
 
 def add_parser(subparsers) -> None:
-    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser('bench', help='time networks and their peers, interleaved in one run')
     parser.add_argument(
         'models', nargs='*', default=DEFAULT_MODELS, metavar='MODEL[+ATTN]',

@@ -13,7 +13,6 @@ _SQUEEZES = {
 
 
 def add_parser(subparsers) -> None:
-    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser('cards', help='the model cards of all default tags')
     parser.add_argument('output', type=Path, metavar='OUT', help='folder to write, must not exist')
     parser.set_defaults(run=run)

@@ -9,7 +9,6 @@ from ._output import CommandError, new_path
 
 
 def add_parser(subparsers) -> None:
-    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser('convert', help='a checkpoint of the official code or of train.py to safetensors')
     parser.add_argument(
         'input', type=Path, metavar='IN', help=".pth, .pth.tar or .safetensors; train.py's args.yaml beside it is read")

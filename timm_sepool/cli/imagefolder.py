@@ -7,7 +7,6 @@ from ._output import CommandError, new_path
 
 
 def add_parser(subparsers) -> None:
-    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser(
         'imagefolder', help="turn an image list of the official code into a folder that timm's scripts read",
         description="Turn an image list of the official code into a folder that timm's scripts read: one folder per "

@@ -6,7 +6,6 @@ from ._models import TABLE
 
 
 def add_parser(subparsers) -> None:
-    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser(
         'list', help='print the models and their peers: parameters, GMACs and the errors that the paper claims',
         description='Print the models and their plain, SE and CBAM peers: parameters, GMACs, and the errors on '

@@ -12,7 +12,6 @@ NUM_IMAGES = {'gates': 50, 'kernels': 0, 'descriptors': 4}
 
 
 def add_parser(subparsers) -> None:
-    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser('plot', help='draw what the squeeze looks at and what the gates do')
     parser.add_argument(
         'kind', choices=list(NUM_IMAGES),

@@ -12,7 +12,6 @@ from ._output import CommandError, first_line, new_path, save_folder, temporary_
 
 
 def add_parser(subparsers) -> None:
-    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser('push', help='weights, config and model card to the Hugging Face Hub')
     parser.add_argument('model', metavar='MODEL[.TAG]', help='architecture, with the tag whose weights to push')
     parser.add_argument('--repo-id', required=True, metavar='USER/NAME', help='repository, created if missing')

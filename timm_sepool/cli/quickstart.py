@@ -23,7 +23,6 @@ LR = 0.05
 
 
 def add_parser(subparsers) -> None:
-    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser(
         'quickstart', help='train a small network on handwritten digits, then save it, load it and predict with it',
         description="Train a small network on scikit-learn's handwritten digits on one CPU core, save it as a folder "
