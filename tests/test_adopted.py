@@ -477,14 +477,14 @@ def test_bad_input(case: str) -> None:
         assert state() == before
 
 
-def test_failure_while_building(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('squeeze', ['rgse', 'spse'])
+def test_failure_while_building(squeeze: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that runs out at a later squeeze leaves the first module as it was."""
-    for squeeze in ('rgse', 'spse'):
-        model, calls = build(SE), []
-        monkeypatch.setattr(nn.init, 'zeros_', lambda w: calls.append(w) if len(calls) < 4 else w[0, 0, 99])
-        with pytest.raises(IndexError):
-            adopt(model, squeeze)
-        assert not squeeze_weights(model) and all(type(m) is SEModule for m in se_modules(model).values())
+    model, calls = build(SE), []
+    monkeypatch.setattr(nn.init, 'zeros_', lambda w: calls.append(w) if len(calls) < 4 else w[0, 0, 99])
+    with pytest.raises(IndexError):
+        adopt(model, squeeze)
+    assert not squeeze_weights(model) and all(type(m) is SEModule for m in se_modules(model).values())
 
 
 @pytest.mark.parametrize('args, error, message', [

@@ -105,7 +105,7 @@ def test_structure(name: str) -> None:
     if 'resne' in name:
         assert any(isinstance(m, nn.BatchNorm2d) for m in model.backbone.body.modules())
         assert {n: v.shape for n, v in model.backbone.body.state_dict().items()} == {
-            n: s for n, s in network.items() if not n.startswith('fc.') and not n.endswith('num_batches_tracked')}
+            n: s for n, s in network.items() if not n.startswith('fc.')}
     assert {k: tuple(v.shape) for k, v in features.items()} == {
         k: (2, 256, 128 // s, 192 // s) for k, s in zip(('0', '1', '2', '3', 'pool'), (4, 8, 16, 32, 64))}
 
