@@ -1,6 +1,7 @@
 """ Compilers and exporters: each must compute what eager mode computes, at sizes it was not traced at """
+import copy
 import random
-from typing import List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from helpers.common import FULL, images, tiny, training_step
 from timm_sepool.squeeze import RGSEModule, SPSEModule
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
+EXAMPLE = images(2, 224, 224)
+AUTO_SHAPES = (dict.fromkeys((0, 2, 3), getattr(torch.export.Dim, 'AUTO', None)),)  # torch >= 2.6
+INPUTS = [EXAMPLE, images(1, 97, 131), images(5, 64, 320)]
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -19,67 +23,94 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-3 * max(1., expected.abs().max().item()))
 
 
+def assert_same_step(got: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+    """Loss and gradients of a training step; a compiled module puts a prefix before the names of its parameters."""
+    (got_loss, got_grads), (loss, grads) = training_step(got, x), training_step(model, x)
+    assert_same(got_loss, loss)
+    for n, grad in got_grads.items():
+        assert_same(grad, grads[n.replace('_orig_mod.', '')])
+
+
+def export(model: nn.Module, in_range: bool = False) -> nn.Module:
+    dim, shapes = torch.export.Dim, AUTO_SHAPES
+    if in_range:
+        shapes = ({0: dim('batch'), 2: dim('height', min=64, max=2048), 3: dim('width', min=64, max=2048)},)
+        try:
+            torch.export.export(tiny('resnet50'), (EXAMPLE,), dynamic_shapes=shapes)
+        except Exception:
+            pytest.skip(f'torch {torch.__version__} cannot do this for a plain resnet50 either')
+    return torch.export.export(model, (EXAMPLE,), dynamic_shapes=shapes).module()
+
+
+def onnx(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Computed by onnxruntime."""
+    if not hasattr(torch.compiler, 'is_exporting'):
+        pytest.skip('the exporter of torch < 2.7 fails')
+    pytest.importorskip('onnxscript')
+    program = torch.onnx.export(
+        model, (EXAMPLE,), dynamo=True, verbose=False, input_names=['images'], dynamic_shapes=AUTO_SHAPES)
+    session = pytest.importorskip('onnxruntime').InferenceSession(program.model_proto.SerializeToString())
+    return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+
+
+CONVERTERS = {
+    'torchscript': torch.jit.script,
+    'trace': lambda model: torch.jit.trace(model, EXAMPLE),
+    'fx': fx.symbolic_trace,
+    'fx_torchscript': lambda model: torch.jit.script(fx.symbolic_trace(model)),
+    'fx_torchvision': lambda model: lambda x: create_feature_extractor(model, ['layer3.0.se.gate', 'fc'])(x)['fc'],
+    'fx_timm': lambda model: lambda x: timm.models.create_feature_extractor(model, ['fc'])(x)['fc'],
+    'export': export,
+    'export_range': lambda model: export(model, in_range=True),
+    'onnx': onnx,
+}
+
+
+@pytest.mark.parametrize('name, converter', [
+    pytest.param(name, converter, marks=pytest.mark.full if full else ())
+    for name in FAMILIES for converter in CONVERTERS
+    for full in [converter == 'export_range' or (converter == 'onnx' and name == FAMILIES[0])]
+])
+def test_convert(name: str, converter: str) -> None:
+    """One program for every batch and size."""
+    model = tiny(name, scriptable=converter == 'torchscript')
+    converted = CONVERTERS[converter](model)
+    with torch.no_grad():
+        for x in INPUTS:
+            assert_same(converted(x), model(x))
+
+
 @pytest.mark.parametrize('name', FAMILIES)
-def test_torchscript(name: str) -> None:
-    model = tiny(name, scriptable=True)
-    scripted = torch.jit.script(model)
-    for batch, size in ((2, (64, 64)), (1, (97, 131)), (3, (224, 224))):
-        assert_same(scripted(images(batch, *size)), model(images(batch, *size)))
-    loss, grads = training_step(model.train(), images(3, 97, 131))
-    loss_scripted, grads_scripted = training_step(scripted.train(), images(3, 97, 131))
-    assert_same(loss_scripted, loss)
-    for n in grads:
-        assert_same(grads_scripted[n], grads[n])
+def test_torchscript_trains(name: str) -> None:
+    model = tiny(name, scriptable=True).train()
+    assert_same_step(torch.jit.script(copy.deepcopy(model)), model, images(3, 97, 131))
 
 
 @pytest.mark.parametrize('attn_layer', [None, 'eca', pytest.param('se', marks=pytest.mark.full)])
 def test_torchscript_of_other_blocks(attn_layer: str) -> None:
     model = tiny('rgse_resnet50', block_args=dict(attn_layer=attn_layer))
-    assert_same(torch.jit.script(model)(images(2, 64, 64)), model(images(2, 64, 64)))
+    assert_same(torch.jit.script(model)(INPUTS[1]), model(INPUTS[1]))
 
 
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.full)])
 @pytest.mark.parametrize('name', FAMILIES)
-def test_torch_jit_trace(name: str) -> None:
-    """A trace follows the size of its input too."""
-    model = tiny(name)
-    traced = torch.jit.trace(model, images(2, 64, 64))
-    for batch, size in ((2, (64, 64)), (1, (97, 131)), (3, (224, 224))):
-        assert_same(traced(images(batch, *size)), model(images(batch, *size)))
+def test_compile(name: str, backend: str) -> None:
+    """No graph break in train mode when the size changes; inductor, which takes a minute a graph, in eval mode too.
 
-
-@pytest.mark.parametrize('name', FAMILIES)
-def test_fx(name: str) -> None:
-    """Symbolic trace, torchvision's feature extractor and timm's, each at two sizes, and a traced model scripted."""
-    model = tiny(name)
-    graphs = [
-        fx.symbolic_trace(model),
-        lambda x: create_feature_extractor(model, ['fc'])(x)['fc'],
-        lambda x: timm.models.create_feature_extractor(model, ['fc'])(x)['fc'],
-        torch.jit.script(fx.symbolic_trace(model)),
-    ]
-    for graph in graphs:
-        for size in ((64, 64), (97, 131)):
-            assert_same(graph(images(2, *size)), model(images(2, *size)))
-    maps = create_feature_extractor(model, ['layer2', 'layer3.0.se.gate'])(images(2, 97, 131))
-    assert maps['layer3.0.se.gate'].shape == (2, 256, 1, 1)
-
-
-@pytest.mark.parametrize('name', FAMILIES)
-def test_compile_fullgraph(name: str) -> None:
-    """No graph break, in eval and train mode, when the size and the batch change."""
-    model = tiny(name)
+    In float64: rounding in float32 can move a value across a ReLU's 0, which changes its gradient.
+    """
+    model = tiny(name).double().train()
+    inputs = [images(3, 64, 64).double(), images(3, 97, 131).double()]
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    for batch, size in ((2, (64, 64)), (2, (97, 131)), (3, (224, 224))):
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
+    for x in inputs[:1 if backend == 'inductor' else 2]:
+        assert_same_step(compiled, model, x)
+    if backend == 'inductor':
+        torch.compiler.reset()
+        compiled = torch.compile(model.eval(), fullgraph=True, dynamic=True)
         with torch.no_grad():
-            assert_same(compiled(images(batch, *size)), model(images(batch, *size)))
-    model.train()
-    for size in ((64, 64), (97, 131)):
-        loss, grads = training_step(model, images(3, *size))
-        loss_compiled, grads_compiled = training_step(compiled, images(3, *size))
-        assert_same(loss_compiled, loss)
-        for n in grads:
-            assert_same(grads_compiled[f'_orig_mod.{n}'], grads[n])
+            for x in inputs:
+                assert_same(compiled(x), model(x))
 
 
 def compiled_graphs(model: nn.Module, dynamic: Optional[bool], inputs: List[torch.Tensor]) -> List[fx.GraphModule]:
@@ -94,11 +125,12 @@ def compiled_graphs(model: nn.Module, dynamic: Optional[bool], inputs: List[torc
     return graphs
 
 
-@pytest.mark.parametrize('dynamic', [True, None])
-def test_compile_many_sizes(dynamic: Optional[bool]) -> None:
+@pytest.mark.parametrize('dynamic, batches', [(True, (1,)), (None, (2, 3))])
+def test_compile_many_sizes(dynamic: Optional[bool], batches: Tuple[int, ...]) -> None:
     """One dynamic graph serves all sizes, as in seresnet50: the squeezes add no guards on them."""
     rng = random.Random(0)
-    inputs = [images(2, rng.randint(33, 160), rng.randint(33, 160)) for _ in range(25 if FULL else 8)]
+    number = 25 if FULL else 5
+    inputs = [images(rng.choice(batches), rng.randint(33, 160), rng.randint(33, 160)) for _ in range(number)]
     most = len(compiled_graphs(tiny('seresnet50'), dynamic, inputs)) + 1
     for name in FAMILIES:
         assert len(compiled_graphs(tiny(name), dynamic, inputs)) <= most, name
@@ -114,72 +146,10 @@ def test_compile_static_sizes(module: nn.Module) -> None:
         assert all(any(n.target is torch.arange for n in graph.graph.nodes) == (dynamic is True) for graph in graphs)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize('name', FAMILIES)
-def test_compile_inductor(name: str) -> None:
-    """torch.compile's default backend, which takes about a minute for one graph.
-
-    In float64: rounding in float32 can move a value across a ReLU's 0, which changes its gradient.
-    """
-    model = tiny(name).double()
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    with torch.no_grad():
-        for size in ((64, 64), (97, 131)):
-            assert_same(compiled(images(2, *size, dtype=torch.float64)), model(images(2, *size, dtype=torch.float64)))
-    torch.compiler.reset()
-    compiled = torch.compile(model.train(), fullgraph=True)
-    x = images(3, 64, 64, dtype=torch.float64)
-    loss, grads = training_step(model, x)
-    loss_compiled, grads_compiled = training_step(compiled, x)
-    assert_same(loss_compiled, loss)
-    for n in grads:
-        assert_same(grads_compiled[f'_orig_mod.{n}'], grads[n])
-
-
-def dynamic_shapes(how: str) -> Tuple:
-    if how == 'auto':
-        return ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
-    dim = torch.export.Dim
-    return ({0: dim('batch'), 2: dim('height', min=64, max=2048), 3: dim('width', min=64, max=2048)},)
-
-
-@pytest.mark.parametrize('how', ['auto', pytest.param('range', marks=pytest.mark.full)])
-@pytest.mark.parametrize('name', FAMILIES)
-def test_torch_export(name: str, how: str) -> None:
-    """One exported program for every batch and size."""
-    if how == 'range':
-        try:
-            torch.export.export(tiny('resnet50'), (images(2, 224, 224),), dynamic_shapes=dynamic_shapes(how))
-        except Exception:
-            pytest.skip(f'torch {torch.__version__} cannot do this for a plain resnet50 either')
-    model = tiny(name)
-    program = torch.export.export(model, (images(2, 224, 224),), dynamic_shapes=dynamic_shapes(how)).module()
-    for batch, size in ((2, (224, 224)), (1, (97, 131)), (5, (64, 320))):
-        assert_same(program(images(batch, *size)), model(images(batch, *size)))
-
-
-@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='the exporter of torch < 2.7 fails')
-@pytest.mark.parametrize('name', FAMILIES)
-def test_onnx(name: str, tmp_path) -> None:
-    """The same through ONNX, computed by onnxruntime."""
-    pytest.importorskip('onnxscript')
-    onnxruntime = pytest.importorskip('onnxruntime')
-    model = tiny(name)
-    torch.onnx.export(
-        model, (images(2, 224, 224),), tmp_path / 'model.onnx', dynamo=True, verbose=False,
-        input_names=['images'], dynamic_shapes=dynamic_shapes('auto'))
-    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
-    for batch, size in ((2, (224, 224)), (1, (97, 131)), (5, (64, 320))):
-        x = images(batch, *size)
-        got, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        assert_same(torch.from_numpy(got), model(x).detach())
-
-
-def test_exported_norms_are_not_trained() -> None:
-    """Exporting in train mode and back leaves the model as it was."""
-    model = tiny('spse_resnet50').train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    torch.export.export(model, (images(2, 64, 64),))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert isinstance(model.layer1[0].se.bn, nn.BatchNorm2d) and model.layer1[0].se.bn.training
+@pytest.mark.parametrize('module', [SPSEModule(8), RGSEModule(8, grid=4)], ids=['spse', 'rgse'])
+def test_export_in_train_mode(module: nn.Module) -> None:
+    """It leaves the norm's statistics and mode as they were."""
+    before = copy.deepcopy(module.state_dict())
+    torch.export.export(module.train(), (torch.randn(2, 8, 16, 16),))
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert isinstance(module.bn, nn.BatchNorm2d) and module.bn.training

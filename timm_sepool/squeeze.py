@@ -10,8 +10,7 @@ Papers / References:
     (Jin et al., Pattern Recognition 121, 2022) - https://doi.org/10.1016/j.patcog.2021.108159
 - `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507
 
-Up to the fusion's norm the squeeze is linear in x: it is one weighted sum over the positions of each channel. So one
-read of x is enough for any number of grids, see `spatial_weighted_sum`.
+Up to the fusion's norm the squeeze is linear in x, so one read of x is enough for any number of grids.
 """
 from typing import List, Optional, Tuple, Type, Union
 
@@ -43,8 +42,7 @@ def _size_may_vary(height: int, width: int) -> bool:
 def _axis_windows(size: int, grids: List[int], device: torch.device) -> torch.Tensor:
     """Whether each adaptive pooling window covers each position of an axis, bool (sum of grids, size).
 
-    Window i of g runs from floor(i * size / g) to ceil((i + 1) * size / g). It is built from arange, not from Python
-    numbers, so that a traced graph follows the size of its input.
+    Window i of g runs from floor(i * size / g) to ceil((i + 1) * size / g). Built from arange, it follows traced sizes.
     """
     pos = torch.arange(size, device=device)
     windows: List[torch.Tensor] = []
@@ -65,9 +63,7 @@ def _power_of_two(windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torch.Tensor:
-    """Weight of every position of the feature map in `spatial_weighted_sum`.
-
-    For each channel and position it is the sum of weight / area over the cells of all grids that cover the position.
+    """Weight of every position in `spatial_weighted_sum`: sum of weight / area over the cells that cover it.
 
     Args:
         height: Height H of the feature map.
@@ -79,13 +75,10 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
     """
     grids = [w.shape[-1] for w in weights]
     device = weights[0].device
-    # half precision rounds the areas
-    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)  # half precision rounds the areas
     rows = _axis_windows(height, grids, device)
-    if not _size_may_vary(height, width) and height == width:
-        cols = rows
-    else:
-        cols = _axis_windows(width, grids, device)
+    is_square = not _size_may_vary(height, width) and height == width
+    cols = rows if is_square else _axis_windows(width, grids, device)
 
     if len(grids) == 1 and not _size_may_vary(height, width):
         # Axis by axis, as the windows of all cells would fill a matrix (g * g, H * W). Its reshapes guard traced sizes.
@@ -108,9 +101,8 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
 def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
     """Pool x to grids, weight the cells of each channel and add them up, with one read of x.
 
-    Equals `sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=C) for w in weights)`, the descriptor
-    extraction and fusion of the paper's section 3 before bias and norm. For the backward it keeps no tensor of the size
-    of x but x itself; where cells overlap it also keeps one of the size of a single image.
+    Equals `sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=C) for w in weights)`, the paper's section 3
+    before bias and norm. The backward keeps x and, where cells overlap, a tensor of the size of one image.
 
     Args:
         x: Features (B, C, H, W), any H, W >= 1.
@@ -146,8 +138,7 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
     elif x.is_meta or not torch.is_autocast_enabled(x.device.type):
         kernel = spatial_kernel(height, width, weights)
     else:
-        # weight / area can be below the normal range of float16
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # weight / area can be below float16's normal range
             kernel = spatial_kernel(height, width, weights)
     x = x.flatten(2)
     if nhwc:
@@ -158,10 +149,9 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
 
 
 class SEPoolModule(nn.Module):
-    """Base of SPSE and RGSE: the fusion norm of the squeeze, and the excitation of `timm.layers.SEModule`.
+    """Base of SPSE and RGSE: norm of the squeeze, then `timm.layers.SEModule`'s excitation and names of layers.
 
-    gate = sigmoid(fc2(relu(fc1(squeeze(x))))), and the output is x * gate. Subclasses define `forward_squeeze`. The
-    layers have timm's names: `gate` is the activation of the gate, `forward_gate` computes the gate.
+    gate = sigmoid(fc2(relu(fc1(squeeze(x))))), and the output is x * gate. Subclasses define `forward_squeeze`.
     """
 
     def __init__(
@@ -244,11 +234,8 @@ class SEPoolModule(nn.Module):
         Raises:
             ValueError: If the fusion's batch norm is in train mode and gets a single image.
         """
-        x_se = self.forward_squeeze(x)
-        x_se = self.fc1(x_se)
-        x_se = self.act(x_se)
-        x_se = self.fc2(x_se)
-        return self.gate(x_se)
+        x_se = self.act(self.fc1(self.forward_squeeze(x)))
+        return self.gate(self.fc2(x_se))
 
     def forward(self, x: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Return x * gate, plus shortcut if given, all (B, C, H, W). Raises as `forward_gate`."""
@@ -269,13 +256,7 @@ class SPSEModule(SEPoolModule):
     """
 
     def __init__(self, channels: int, device=None, dtype=None, **kwargs):
-        """
-        Args:
-            channels: Number of input channels.
-            device: Device to place tensors on.
-            dtype: Data type for tensors.
-            **kwargs: Excitation and norm arguments of `SEPoolModule`.
-        """
+        """The arguments are those of `SEPoolModule`."""
         dd = {'device': device, 'dtype': dtype}
         super().__init__(channels, **kwargs, **dd)
         self.weight1 = nn.Parameter(torch.empty(channels, 1, 1, 1, **dd))
@@ -287,7 +268,6 @@ class SPSEModule(SEPoolModule):
         self._init_kernels_and_biases()
 
     def forward_squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Squeeze x (B, C, H, W) to the fused descriptor (B, C, 1, 1). Raises as `forward_gate`."""
         x_se = spatial_weighted_sum(x, [self.weight1, self.weight2, self.weight4])
         x_se = x_se + (self.bias1 + self.bias2 + self.bias4).view(1, -1, 1, 1)
         return self.act(self._norm(x_se))
@@ -297,8 +277,7 @@ class RGSEModule(SEPoolModule):
     """Resolution-guided squeeze-and-excitation: average pooling to one grid that belongs to the stage.
 
     Paper, section 3: descriptor = relu(norm(weight * pool_g(x))), where * is a depthwise g x g convolution (no bias).
-    For g = 1 it is relu(mean(x)). The paper pools 7x7 windows at 224 px. Adaptive average pooling to the same grid is
-    identical there and defined at every input size.
+    For g = 1 it is relu(mean(x)). Adaptive pooling equals the paper's 7x7 windows at 224 px and fits every input size.
     """
 
     def __init__(
@@ -310,14 +289,7 @@ class RGSEModule(SEPoolModule):
             dtype=None,
             **kwargs,
     ):
-        """
-        Args:
-            channels: Number of input channels.
-            grid: Cells per side of the pooling grid. The paper has 8, 4, 2, 1 at stages 1 to 4.
-            norm_layer: Norm of the fused descriptor (B, C, 1, 1), None for no norm. A grid of 1 has none.
-            device: Device to place tensors on.
-            dtype: Data type for tensors.
-            **kwargs: Excitation arguments of `SEPoolModule`.
+        """The arguments are those of `SEPoolModule` and grid, the cells per side. A grid of 1 has no norm.
 
         Raises:
             ValueError: If grid is not a positive integer.
@@ -334,7 +306,6 @@ class RGSEModule(SEPoolModule):
         return f'grid={self.grid}'
 
     def forward_squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Squeeze x (B, C, H, W) to the fused descriptor (B, C, 1, 1). Raises as `forward_gate`."""
         if self.weight is None:
             return self.act(x.mean((2, 3), keepdim=True))
         return self.act(self._norm(spatial_weighted_sum(x, [self.weight])))
