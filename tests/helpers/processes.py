@@ -4,10 +4,9 @@ import os
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, NamedTuple
 
 import torch
 
@@ -16,10 +15,9 @@ _CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in _METHODS 
 _CONTEXT.set_forkserver_preload(['timm'])  # imported once, the processes are new otherwise
 
 
-@dataclass
-class Failed:
+class Failed(NamedTuple):
     """How a process without a result ended: its exit code, and its traceback unless a signal killed it."""
-    exitcode: Optional[int]
+    exitcode: int
     traceback: str
 
 
@@ -39,21 +37,18 @@ def run_processes(function: Callable, count: int, *args: Any, timeout: float = 3
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, str(rank)) for rank in range(count)]
-        processes = [_CONTEXT.Process(target=_main, args=(p, function, (r, *args))) for r, p in enumerate(paths)]
-        deadline = time.monotonic() + timeout
-        try:
-            for process in processes:
-                process.start()
-            running = {p.sentinel: p for p in processes}
-            while running and time.monotonic() < deadline:
-                ended = [running.pop(s) for s in wait(list(running), deadline - time.monotonic())]
-                if check and any(p.exitcode for p in ended):
-                    break  # the others wait for it
-        finally:
-            for process in processes:
-                if process.pid:
-                    process.kill()
-                    process.join()
+        processes = [
+            _CONTEXT.Process(target=_main, args=(p, function, (r, *args)), daemon=True) for r, p in enumerate(paths)]
+        for process in processes:
+            process.start()
+        running, deadline = {p.sentinel: p for p in processes}, time.monotonic() + timeout
+        while running and time.monotonic() < deadline:
+            ended = [running.pop(s) for s in wait(list(running), deadline - time.monotonic())]
+            if check and any(p.exitcode for p in ended):
+                break  # the others wait for it
+        for process in processes:
+            process.kill()
+            process.join()
         results = [
             Failed(process.exitcode, path.read_text() if process.exitcode == 1 else '') if process.exitcode
             else torch.load(path, weights_only=False) for process, path in zip(processes, paths)]
