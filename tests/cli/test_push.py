@@ -135,19 +135,6 @@ def test_tag(hub: HubServer, tmp_path: Path, monkeypatch) -> None:
     shutil.rmtree(tmp_path)
 
 
-def test_dry_run(hub: HubServer, trained: SimpleNamespace, tmp_path: Path) -> None:
-    """Nothing is uploaded, no token is needed; options stand in for a missing args.yaml."""
-    (trained.run / 'args.yaml').unlink()
-    requests = len(hub.requests)
-    options = '--img-size 96 --interpolation bicubic --crop-pct 0.9 --mean 0.4 --std 0.3'.split()
-    assert main(trained.push_args('--dry-run', tmp_path / 'out', *options, *TINY_ARGS)) == 0
-    assert len(hub.requests) == requests
-    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
-    assert torch.equal(model(images(2, 1, 64, 64)), trained.model(images(2, 1, 64, 64)))
-    cfg = model.pretrained_cfg
-    assert (tuple(cfg['input_size']), cfg['crop_pct'], cfg['interpolation']) == ((1, 96, 96), 0.9, 'bicubic')
-
-
 @pytest.mark.parametrize('message, cases', [  # a model first, or spse_resnext50
     ('Unknown model', ['resnet50']),
     ("Did you mean 'spse_resnext50'?", ['spse_resnext50_32x4d']),

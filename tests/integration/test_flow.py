@@ -5,6 +5,7 @@ Every number along the way has to be that of the last line in the run's summary.
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,14 +28,14 @@ MODEL = 'rgse_resnet50.from_resnet50_tv_in1k'  # its preprocessing is not that o
 ], ids=['options', 'tag'])
 def test_flow(hub: HubServer, tmp_path: Path, size: int, options: str) -> None:
     def run(command: str) -> str:
-        script, *args = command.split()
-        script = str(Path(SCRIPTS, script).resolve()) if script != 'timm_sepool' else f'-m{script}'
         process = subprocess.run(
-            [sys.executable, script, *args], cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            [sys.executable, *command.split()], cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'},
             capture_output=True, text=True, timeout=900)
         assert process.returncode == 0, process.stderr[-4000:]
         return process.stdout
 
+    for script in ('train.py', 'validate.py', 'avg_checkpoints.py'):  # without the checkout's timm beside them
+        shutil.copy(Path(SCRIPTS) / script, tmp_path)
     rng = np.random.default_rng(0)
     for split, count in (('train', 24), ('validation', 40)):
         for c in range(3):  # noise with stripes whose period is the class
@@ -54,7 +55,7 @@ def test_flow(hub: HubServer, tmp_path: Path, size: int, options: str) -> None:
     averaged = 'output/run/averaged.pth'
     run(f'avg_checkpoints.py --input output/run --filter last.pth.tar --no-sort --output {averaged}')
 
-    push = f'timm_sepool push rgse_resnet50 --repo-id user/flow{size} --checkpoint {averaged}'
+    push = f'-m timm_sepool push rgse_resnet50 --repo-id user/flow{size} --checkpoint {averaged}'
     run(f'{push} --dry-run folder')
     printed = run(f'validate.py {data} --pretrained --model local-dir:folder --results-file results.csv')
     validated = json.loads(printed.split('--result\n')[1])

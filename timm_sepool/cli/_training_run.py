@@ -87,7 +87,7 @@ def read_run_args(checkpoint: Path, path: Optional[Path] = None) -> Optional[Dic
     Raises CommandError if the file is not an args.yaml of train.py.
     """
     if path is None:
-        beside = checkpoint.with_name('args.yaml')
+        beside = checkpoint.parent / 'args.yaml'  # with_name fails for '.'
         metadata = _read_metadata(checkpoint)
         if 'interpolation' in (metadata or {}) or not beside.is_file():
             return metadata

@@ -13,6 +13,7 @@ _SQUEEZES = {
 
 
 def add_parser(subparsers) -> None:
+    """Add the command to the parser of `timm-sepool`."""
     parser = subparsers.add_parser('cards', help='the model cards of all default tags')
     parser.add_argument('output', type=Path, metavar='OUT', help='folder to write, must not exist')
     parser.set_defaults(run=run)
@@ -77,10 +78,10 @@ def model_card(
         backbone = backbone.replace('resnext', 'ResNeXt-').replace('resnet', 'ResNet-')
 
     repo_id = model_id.removeprefix('hf-hub:')
-    measured = dict(
+    measured: Dict[str, Any] = dict(
         of='these weights', dataset='imagefolder', dataset_name='the data set that they were validated on',
         source_name='validate.py of timm, run by the author', source_url=f'https://huggingface.co/{repo_id}')
-    published = dict(
+    published: Dict[str, Any] = dict(
         of=f'the donor, {donor}', dataset='imagenet-1k', dataset_name='ImageNet-1k',
         source_name="timm's results-imagenet.csv", source_url=RESULTS_URL)
     rows = [{**row, **measured} for row in results or ()]
