@@ -1,7 +1,6 @@
 """ Image lists of the official code, read by timm """
 import os
 from pathlib import Path
-from typing import List, Tuple
 
 import pytest
 from PIL import Image
@@ -10,61 +9,51 @@ from timm.data import create_dataset
 from timm_sepool.cli.main import main
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> None:
     """The current directory, with images of one grey value each, one name twice, and a directory `existing`."""
     for i, name in enumerate(('a/x.png', 'b/x.png', 'a/y.png', 'b/z.png')):
         (tmp_path / 'images' / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (8, 8), (i * 10,) * 3).save(tmp_path / 'images' / name)
     (tmp_path / 'existing').mkdir()
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def samples(root: str, class_map: str = '') -> List[Tuple[int, int]]:
-    """Grey value and label of each image, as timm reads them."""
-    return [(image.getpixel((0, 0))[0], label) for image, label in create_dataset('', root=root, class_map=class_map)]
 
 
 @pytest.mark.parametrize('start', [b'', b'\xef\xbb\xbf'], ids=['plain', 'byte_order_mark'])
-def test_imagefolder(folder: Path, capsys, start: bytes) -> None:
-    """timm reads each image with its label, in the list's order within a class, repeats included."""
-    Path('train.txt').write_bytes(start + b'a/x.png 0\r\nb/x.png 0\n\na/y.png 10\nb/z.png 2\na/y.png 10\n')
-    assert main(['imagefolder', 'train.txt', 'images', 'train']) == 0
-    assert '--class-map train/class_map.txt' in capsys.readouterr().out
-    assert samples('train', 'train/class_map.txt') == [(0, 0), (10, 0), (30, 2), (20, 10), (20, 10)]
-
-    # one class map serves both splits, whatever labels they hold
-    Path('val.txt').write_bytes(start + b'a/x.png 0\nb/z.png 2\n')
-    assert main(['imagefolder', 'val.txt', 'images', 'val']) == 0
-    assert samples('val', 'train/class_map.txt') == [(0, 0), (30, 2)]
-
-    capsys.readouterr()
-    Path('dense.txt').write_bytes(start + b'a/x.png 1\nb/z.png 0\n')
-    assert main(['imagefolder', 'dense.txt', 'images', 'dense']) == 0
-    assert 'class-map' not in capsys.readouterr().out
-    assert samples('dense') == [(30, 0), (0, 1)]
+def test_imagefolder(capsys, start: bytes) -> None:
+    """timm reads each image (grey value) with its label, in the list's order within a class, repeats included."""
+    for split, text, class_map, expected in (
+            ('train', b'a/x.png 0\r\nb/x.png 0\n\na/y.png 10\nb/z.png 2\na/y.png 10\n', 'train/class_map.txt',
+             [(0, 0), (10, 0), (30, 2), (20, 10), (20, 10)]),
+            # one class map serves both splits, whatever labels they hold
+            ('val', b'a/x.png 0\nb/z.png 2\n', 'train/class_map.txt', [(0, 0), (30, 2)]),
+            ('dense', b'a/x.png 1\nb/z.png 0\n', '', [(30, 0), (0, 1)])):
+        Path('list.txt').write_bytes(start + text)
+        assert main(['imagefolder', 'list.txt', 'images', split]) == 0
+        assert (f'--class-map {split}/class_map.txt' in capsys.readouterr().out) == bool(class_map)
+        samples = create_dataset('', root=split, class_map=class_map)
+        assert [(image.getpixel((0, 0))[0], label) for image, label in samples] == expected
 
 
 @pytest.mark.parametrize('text,argv,message', [
-    ('imagename label\n', [], 'list.txt:1: expected "IMAGE LABEL"'),
-    ('a/x.png 0\na/y.png -1\n', [], 'list.txt:2: expected "IMAGE LABEL"'),
-    ('a/x.png 0 1\n', [], 'list.txt:1: expected "IMAGE LABEL"'),
-    ('a/x.png 1000000\n', [], 'a label from 0 to 999999'),
-    ('a/x.png\n', [], 'list.txt:1: expected "IMAGE LABEL"'),
-    ('a/x.png 0\na/q.png 1\n', [], 'list.txt:2: the image images/a/q.png does not exist'),
-    ('a/x.png 0\n', ['list.txt', 'elsewhere', 'out'], 'Is elsewhere the right directory?'),
-    ('\n', [], 'list.txt lists no images'),
-    ('\xff', [], 'Cannot read the list list.txt: '),
-    ('a/x.png 0\n', ['none.txt', 'images', 'out'], 'Cannot read the list none.txt: '),
-    ('a/x.png 0\n', ['list.txt', 'images', 'existing'], 'existing already exists. Choose another'),
-    ('a/x.png 0\n', ['list.txt', 'images', 'data/train'], 'Create it first: mkdir -p data'),
-    ('a/x.png 0\n', ['list.txt', 'images', 'list.txt/out'], 'list.txt is not a writable directory'),
+    ('imagename label\n', '', 'list.txt:1: expected "IMAGE LABEL"'),
+    ('a/x.png 0\na/y.png -1\n', '', 'list.txt:2: expected "IMAGE LABEL"'),
+    ('a/x.png 0 1\n', '', 'list.txt:1: expected "IMAGE LABEL"'),
+    ('a/x.png 1000000\n', '', 'a label from 0 to 999999'),
+    ('a/x.png\n', '', 'list.txt:1: expected "IMAGE LABEL"'),
+    ('a/x.png 0\na/q.png 1\n', '', 'list.txt:2: the image images/a/q.png does not exist'),
+    ('a/x.png 0\n', 'list.txt elsewhere out', 'Is elsewhere the right directory?'),
+    ('\n', '', 'list.txt lists no images'),
+    ('\xff', '', 'Cannot read the list list.txt: '),
+    ('a/x.png 0\n', 'none.txt images out', 'Cannot read the list none.txt: '),
+    ('a/x.png 0\n', 'list.txt images existing', 'existing already exists. Choose another'),
+    ('a/x.png 0\n', 'list.txt images data/train', 'Create it first: mkdir -p data'),
+    ('a/x.png 0\n', 'list.txt images list.txt/out', 'list.txt is not a writable directory'),
 ])
-def test_bad_input(folder: Path, capsys, text: str, argv: List[str], message: str) -> None:
+def test_bad_input(capsys, text: str, argv: str, message: str) -> None:
     """One line says what is wrong. Nothing is written."""
     Path('list.txt').write_text(text, encoding='latin-1')
-    assert main(['imagefolder', *(argv or ['list.txt', 'images', 'out'])]) == 2
+    assert main(['imagefolder', *(argv or 'list.txt images out').split()]) == 2
     err = capsys.readouterr().err
     assert err.startswith('timm-sepool imagefolder: error: ') and err.count('\n') == 1 and message in err, err
     assert sorted(os.listdir()) == ['existing', 'images', 'list.txt'] and not os.listdir('existing')

@@ -13,38 +13,34 @@ import signal
 import sys
 import tempfile
 import threading
-from typing import Any, Callable, Dict, Optional
+from contextlib import suppress
+from functools import partial, reduce
+from itertools import count
+from typing import Any, Callable, Dict
 
 MODULES = (
     'timm_sepool.cli.main', 'timm_sepool.cli._training_run', 'timm_sepool.cli._timing', 'timm_sepool.plot',
-    'torch.utils.flop_counter', 'timm.optim',
-    'timm.scheduler', 'timm.utils', 'matplotlib.figure', 'matplotlib.backends.backend_agg', 'sklearn.datasets',
-    'huggingface_hub.repocard', 'jinja2',
+    'torch.utils.flop_counter', 'timm.optim', 'timm.scheduler', 'timm.utils', 'matplotlib.figure',
+    'matplotlib.backends.backend_agg', 'sklearn.datasets', 'huggingface_hub.repocard', 'jinja2',
     'encodings.utf_8_sig')  # the other user of a case may not be allowed to read Python's files
-TIMEOUT = 300
 
 
 def strike(where: str, action: Callable[[], Any]) -> None:
     """Have an action happen at one call of a function: 'module:function[ number][ after]', by default before call 1."""
     target, *options = where.split()
-    after = 'after' in options
     number = next((int(option) for option in options if option.isdecimal()), 1)
-    module, _, path = target.partition(':')
-    owner = importlib.import_module(module)
+    module, path = target.split(':')
     *parents, name = path.split('.')
-    for parent in parents:
-        owner = getattr(owner, parent)
+    owner = reduce(getattr, parents, importlib.import_module(module))
     original = getattr(owner, name)
-    calls = 0
+    calls = count(1)
 
     def patched(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        now = calls == number
-        if now and not after:
+        now = next(calls) == number
+        if now and 'after' not in options:
             action()
         result = original(*args, **kwargs)
-        if now and after:
+        if now and 'after' in options:
             action()
         return result
 
@@ -55,7 +51,7 @@ def prepare(case: Dict[str, Any]) -> None:
     """Turn a fork into the process that a shell would start, with the faults of the case: `strikes`, `fsize` (bytes
     that a file can have), `missing` (modules that cannot be imported) and `uid` (another user)."""
     os.setsid()
-    signal.alarm(TIMEOUT)  # ends what hangs
+    signal.alarm(300)  # ends what hangs
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(case['cwd'])
     tempfile.tempdir = case['tmp']
@@ -65,11 +61,10 @@ def prepare(case: Dict[str, Any]) -> None:
     if 'fsize' in case:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case['fsize'],) * 2)
     for where, what in case['strikes']:
-        if what.startswith('SIG'):
-            what = f'import signal; signal.raise_signal(signal.{what})'
-        strike(where, lambda what=what: exec(what, {'os': os, 'sys': sys}))
+        what = f'signal.raise_signal(signal.{what})' if what.startswith('SIG') else what
+        strike(where, partial(exec, what, dict(os=os, signal=signal, sys=sys)))
     for name in case.get('missing', ()):
-        for loaded in [m for m in sys.modules if m == name or m.startswith(f'{name}.')]:
+        for loaded in [module for module in sys.modules if module.startswith(f'{name}.')]:
             del sys.modules[loaded]
         sys.modules[name] = None
     if case.get('uid') is not None:
@@ -77,37 +72,26 @@ def prepare(case: Dict[str, Any]) -> None:
     sys.argv = ['timm-sepool', *case['argv']]
 
 
-def serve() -> Optional[Dict[str, Any]]:
-    """Answer cases until stdin ends. Returns in each fork, with its case."""
-    assert threading.active_count() == 1, 'a fork has no other threads'
-    print('ready', flush=True)
-    for line in sys.stdin:
-        case = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            return case
-        _, status = os.waitpid(pid, 0)
-        try:
-            os.killpg(pid, signal.SIGKILL)
-            left = True
-        except ProcessLookupError:
-            left = False
-        print(json.dumps([os.waitstatus_to_exitcode(status), left]), flush=True)
-    return None
-
-
 if __name__ == '__main__':
     for module in MODULES:
         importlib.import_module(module)
-    case = serve()
-    if case is not None:
-        prepare(case)
-        from timm_sepool.cli.main import main
-        if os.environ['TIMM_SEPOOL_FULL_TESTS']:
-            sys.exit(main())
-        code = main()
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    assert threading.active_count() == 1, 'a fork has no other threads'
+    print('ready', flush=True)
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            prepare(json.loads(line))
+            code = sys.modules['timm_sepool.cli.main'].main()
+            if os.environ['TIMM_SEPOOL_FULL_TESTS']:
+                sys.exit(code)
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        left = False
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+            left = True
+        print(json.dumps([os.waitstatus_to_exitcode(status), left]), flush=True)

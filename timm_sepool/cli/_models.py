@@ -17,8 +17,7 @@ class Row(NamedTuple):
 
 
 _CBAM = dict(block_args=dict(attn_layer='cbam'))
-# Parameters and GMACs were computed by `model_stats`, a test computes them again. The errors are claims of the paper
-# (Jin et al. 2022, ImageNet-1k), not reproduced here.
+# Parameters and GMACs are from `model_stats`. The errors are what the paper claims (Jin et al. 2022), not reproduced.
 TABLE = (
     Row('resnet50', 'plain', 25_557_032, 4.089, 24.48, 7.49),
     Row('seresnet50', 'SE', 28_088_024, 4.092, 23.21, 6.60),
@@ -84,12 +83,7 @@ def check_model(name: str) -> str:
 
 
 def model_stats(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **kwargs) -> Dict[str, Any]:
-    """Count without allocating memory or loading weights.
-
-    Args:
-        name: Any timm model.
-        input_size: Input (C, H, W) of one image.
-        **kwargs: Model arguments.
+    """Sizes of any timm model for one image (C, H, W), counted without allocating memory or loading weights.
 
     Returns:
         params; gmacs, multiply-adds of convolutions and matrix products in 10^9; activations, number of elements that

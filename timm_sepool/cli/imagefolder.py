@@ -8,9 +8,7 @@ from ._output import CommandError, new_path
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        'imagefolder', help="turn an image list of the official code into a folder that timm's scripts read",
-        description="Turn an image list of the official code into a folder that timm's scripts read: one folder per "
-        'label, with a link to each image.')
+        'imagefolder', help="turn an image list of the official code into a folder that timm's scripts read")
     parser.add_argument('list', type=Path, metavar='LIST', help='text file with a line "IMAGE LABEL" per image')
     parser.add_argument('images', type=Path, metavar='IMAGES', help='directory that the image paths are relative to')
     parser.add_argument('output', type=Path, metavar='OUT', help='directory to write, must not exist')
@@ -37,11 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read_list(path: Path, images: Path) -> List[Tuple[int, str, Path]]:
-    """Label, name of the link and absolute path of every listed image.
-
-    Raises:
-        CommandError: If the list cannot be read, has a line of another form, or lists an image that does not exist.
-    """
+    """Label, name of the link and absolute path of every listed image."""
     try:
         lines = path.read_text(encoding='utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError) as e:

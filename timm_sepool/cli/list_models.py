@@ -7,9 +7,7 @@ from ._models import TABLE
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        'list', help='print the models and their peers: parameters, GMACs and the errors that the paper claims',
-        description='Print the models and their plain, SE and CBAM peers: parameters, GMACs, and the errors on '
-        'ImageNet-1k that the paper claims.')
+        'list', help='print the models and their peers: parameters, GMACs and the errors that the paper claims')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.set_defaults(run=run)
 
@@ -22,9 +20,8 @@ def run(args: argparse.Namespace) -> None:
     print(f'{"model":<28}{"family":<8}{"params (M)":>11}{"GMACs":>8}{"top-1 err":>11}{"top-5 err":>11}')
     for row in TABLE:
         name = row.model + (' + cbam' if row.kwargs else '')
-        print(
-            f'{name:<28}{row.family:<8}{row.params / 1e6:>11.2f}{row.gmacs:>8.3f}'
-            f'{row.claimed_top1_err:>11.2f}{row.claimed_top5_err:>11.2f}')
+        sizes = f'{row.params / 1e6:>11.2f}{row.gmacs:>8.3f}'
+        print(f'{name:<28}{row.family:<8}{sizes}{row.claimed_top1_err:>11.2f}{row.claimed_top5_err:>11.2f}')
     print(
         '\nParameters and GMACs (multiply-adds of convolutions and matrix products for one image of 224 x 224) were\n'
         "counted on these networks. SPSE's GMACs include building its kernels where a grid does not divide the map,\n"

@@ -4,10 +4,10 @@ A small network of the same code learns scikit-learn's handwritten digits, all t
 """
 import argparse
 import shlex
-import time
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
+from timeit import default_timer, repeat
 from typing import Any, Dict
 
 from ._digits import NUM_HELD_OUT, load_digits
@@ -19,14 +19,11 @@ DATA_CFG = dict(
     num_classes=10, input_size=(1, 32, 32), pool_size=(1, 1), mean=(0.5,), std=(0.5,), crop_pct=1.0,
     interpolation='bicubic')
 BATCH_SIZE = 64
-LR = 0.05
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        'quickstart', help='train a small network on handwritten digits, then save it, load it and predict with it',
-        description="Train a small network on scikit-learn's handwritten digits on one CPU core, save it as a folder "
-        'that timm loads, load it back and predict. Then print what to do next.')
+        'quickstart', help='train a small network on handwritten digits, then save it, load it and predict with it')
     parser.add_argument(
         '--model', default='rgse_resnet50', metavar='NAME',
         help='an rgse_ or spse_ model, built with fewer layers and channels (default: %(default)s)')
@@ -40,11 +37,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, save, load and predict, then print what to do next.
-
-    Raises:
-        CommandError: If an option is invalid, the output cannot be written, or scikit-learn or tqdm is missing.
-    """
+    """Train, save, load and predict, then print what to do next."""
     arch = check_model(args.model)
     if arch == 'adopted':
         raise CommandError('The quickstart cannot train adopted networks. Choose an rgse_ or spse_ model.')
@@ -68,10 +61,9 @@ def run(args: argparse.Namespace) -> None:
     from timm.scheduler import create_scheduler_v2
     from timm.utils import random_seed
 
-    # The layers are too small to share: a second thread gains little on an idle machine and stalls on a busy one. With
-    # one thread the result does not depend on the number of cores either.
+    # the layers are too small to share, and the result does not depend on the number of cores
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    start = default_timer()
     with new_path(out) as folder:
         random_seed(args.seed)
         model = create_model(arch, pretrained_cfg_overlay=DATA_CFG, **MODEL_ARGS)
@@ -82,14 +74,13 @@ def run(args: argparse.Namespace) -> None:
         loader = DataLoader(
             TensorDataset(images[:num_train], labels[:num_train]), batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
         # the validation after each epoch takes about as long as two steps
-        num_steps = args.epochs * (len(loader) + 2)
-        estimate = num_steps * _seconds_per_step(model, images[:BATCH_SIZE], labels[:BATCH_SIZE])
+        estimate = args.epochs * (len(loader) + 2) * _seconds_per_step(model, images[:BATCH_SIZE], labels[:BATCH_SIZE])
+        params = sum(p.numel() for p in model.parameters())
         print(
-            f'Training a small {arch} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) for '
-            f'{args.epochs} epochs on {num_train} handwritten digits. This takes about {max(estimate, 1):.0f} s.',
-            flush=True)
+            f'Training a small {arch} ({params / 1e6:.2f} M parameters) for {args.epochs} epochs on {num_train} '
+            f'handwritten digits. This takes about {max(estimate, 1):.0f} s.', flush=True)
 
-        optimizer = create_optimizer_v2(model, opt='sgd', lr=LR, momentum=0.9, weight_decay=5e-4)
+        optimizer = create_optimizer_v2(model, opt='sgd', lr=0.05, momentum=0.9, weight_decay=5e-4)
         scheduler, epochs = create_scheduler_v2(optimizer, sched='cosine', num_epochs=args.epochs, warmup_epochs=0)
         with tqdm(total=epochs * len(loader), unit='step', disable=None) as progress:  # None: only on a terminal
             for epoch in range(epochs):
@@ -106,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 
         save_folder(model, folder, MODEL_ARGS, resolve_model_data_config(model), [str(i) for i in range(10)])
         pil_images[num_train].save(folder / 'digit.png')
-    seconds = time.perf_counter() - start
+    seconds = default_timer() - start
 
     model = create_model(f'local-dir:{out}', pretrained=True)
     transform = create_transform(**resolve_model_data_config(model))
@@ -133,12 +124,8 @@ def _seconds_per_step(model: Any, images: Any, labels: Any) -> float:
     import torch.nn.functional as F
 
     model = deepcopy(model).train()
-    num_steps = 3
-    for i in range(num_steps + 1):
-        if i == 1:  # the first step also allocates memory
-            start = time.perf_counter()
-        F.cross_entropy(model(images), labels).backward()
-    return (time.perf_counter() - start) / num_steps
+    times = repeat(lambda: F.cross_entropy(model(images), labels).backward(), number=1, repeat=4)
+    return sum(times[1:]) / 3  # the first step also allocates memory
 
 
 def _next_steps(arch: str, out: Path) -> str:
