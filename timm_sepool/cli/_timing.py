@@ -1,15 +1,12 @@
 """ What `timm-sepool bench` measures: interleaved timings of networks and blocks, and their statistics
 
-Noise on a shared machine is larger than the differences between networks. So all networks run in turns, in a new random
-order each round. The times of one round are close together, so each round gives one ratio to the peer.
-
-Blocks are compared with their roofline: the time of their least memory traffic, everything after bn3 fused, at the
-bandwidth of a copy in the same run. Forward takes 4 passes over x (read for the squeeze; x and the shortcut read and
-the output written for the sum), backward 6 more. It means something for large x only: a map that fits into a cache is
-not bound by memory.
+All networks run in turns, in a new random order each round, because noise on a shared machine is larger than their
+differences but hardly changes within a round. Blocks are compared with their roofline: the time of their least memory
+traffic, everything after bn3 fused, at the bandwidth of a copy in the same run. Forward takes 4 passes over x (read for
+the squeeze; x and the shortcut read and the output written for the sum), backward 6 more. Only maps that do not fit
+into a cache are bound by memory.
 """
 import argparse
-import itertools
 import math
 import platform
 import random
@@ -57,8 +54,7 @@ class ReferenceBlock(nn.Module):
 def create_network(spec: str, **kwargs) -> nn.Module:
     """Create NAME, any model of timm; NAME+ATTN, with that attention layer of timm; or NAME+reference.
 
-    Raises:
-        CommandError: If timm cannot create it, or NAME+reference is not an SPSE / RGSE network.
+    Raises CommandError if timm cannot create it, or NAME+reference is not an SPSE / RGSE network.
     """
     name, _, attn = spec.partition('+')
     if not is_model(name):
@@ -104,10 +100,7 @@ def interleave(
         steps: Dict[str, Step], clock: Callable[[Step, int], float], rounds: int, repeats: int,
         after_each: Step = lambda: None,
 ) -> Dict[str, List[float]]:
-    """Time functions in turns, in a random order each round, after one round of warm-up.
-
-    Returns `rounds` times (ms) of each function by name, each of them `clock`'s mean of `repeats` consecutive calls.
-    """
+    """Time functions in turns: by name `rounds` times (ms), `clock`'s means of `repeats` calls, after a warm-up."""
     times: Dict[str, List[float]] = {key: [] for key in steps}
     generator = random.Random(0)
     for _ in range(rounds + 1):
@@ -118,18 +111,15 @@ def interleave(
 
 
 def summarize(times: Dict[str, List[float]], peer: str) -> Dict[str, Dict[str, float]]:
-    """Statistics of what `interleave` returns, by name.
+    """By name: ms is the median of the times and spread their interquartile range over ms.
 
-    ms is the median time; spread its interquartile range over the median; ratio, ratio_low and ratio_high the median
-    and the quartiles of the rounds' throughputs relative to the peer's in the same round.
+    ratio, ratio_low and ratio_high are median and quartiles of the rounds' throughputs relative to the peer's.
     """
-    def quartiles(values: List[float]) -> List[float]:
-        return statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
-
     rows = {}
     for key, values in times.items():
-        low, ms, high = quartiles(values)
-        ratio_low, ratio, ratio_high = quartiles([theirs / ours for theirs, ours in zip(times[peer], values)])
+        (low, ms, high), (ratio_low, ratio, ratio_high) = (
+            statistics.quantiles(v, n=4, method='inclusive') if len(v) > 1 else v * 3
+            for v in (values, [theirs / ours for theirs, ours in zip(times[peer], values)]))
         rows[key] = dict(ms=ms, spread=(high - low) / ms, ratio=ratio, ratio_low=ratio_low, ratio_high=ratio_high)
     return rows
 
@@ -176,13 +166,11 @@ def block_step(block: nn.Module, shape: Sequence[int], mode: str, like: torch.Te
     train = mode == 'train'
     x, shortcut, gradient = (
         torch.randn(*shape, dtype=like.dtype, device=like.device).to(memory_format=fmt) for _ in range(3))
-    tail: Any = deepcopy(block)
-    for name, _ in block.named_children():
-        if name not in ('se', 'act3'):
-            setattr(tail, name, nn.Identity())
+    tail: Any = deepcopy(block).train(train)
+    for name in dict(block.named_children()).keys() - {'se', 'act3'}:
+        setattr(tail, name, nn.Identity())
     tail.bn3.register_forward_hook(lambda module, args, output: x)
     tail.downsample = tail.drop_path = None
-    tail.train(train)
     inputs = [x.requires_grad_(train), shortcut.requires_grad_(train), *tail.se.parameters()]
 
     def step() -> torch.Tensor:
@@ -202,13 +190,9 @@ def attention_blocks(model: Any) -> List[Any]:
 def measure(args: argparse.Namespace) -> Dict[str, Any]:
     """Time networks, and with --blocks their blocks, in turns, by the options of `timm-sepool bench`.
 
-    Returns:
-        settings; results, a list of dicts of model, mode, images_per_s, what `summarize` returns, saved_mb (kept for
-        the backward, train mode without compile) and peak_mb (CUDA); and, if args.blocks, blocks, what
-        `measure_blocks` returns.
-
-    Raises:
-        CommandError: If tqdm is missing, or the device or a network does not exist or cannot do what is asked.
+    Returns settings; results, dicts of model, mode, images_per_s, what `summarize` returns, saved_mb (kept for the
+    backward, train mode without compile) and peak_mb (CUDA); and, if args.blocks, what `measure_blocks` returns.
+    Raises CommandError if tqdm is missing, or the device or a network does not exist or cannot do what is asked.
     """
     try:
         from tqdm import tqdm
@@ -230,13 +214,12 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
     networks: Dict[str, Any] = {
         spec: create_network(spec, **args.model_kwargs).to(x.device).to(memory_format=fmt)
         for spec in dict.fromkeys([args.peer, *args.models])}
-    blocks = {spec: attention_blocks(model) for spec, model in networks.items() if args.blocks}
-    if args.blocks and not any(blocks.values()):
+    blocks = {spec: attention_blocks(model) for spec, model in networks.items() if attention_blocks(model)}
+    if args.blocks and not blocks:
         raise CommandError('--blocks needs a ResNet of bottlenecks with attention. Name one, such as seresnet50.')
     if args.compile:  # networks of one class share this limit; with fullgraph they fail beyond it
         config = _private.dynamo_config
         config.cache_size_limit = max(config.cache_size_limit, 4 * len(networks))
-
     autocast = partial(torch.autocast, x.device.type, torch.bfloat16) if args.amp else nullcontext
     results: List[Dict[str, Any]] = []
     total = len(args.modes) * len(networks) * (args.rounds + 1)
@@ -266,30 +249,25 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
             results += [
                 dict(model=spec, mode=mode, images_per_s=len(x) / row['ms'] * 1e3, **row, **memory[spec])
                 for spec, row in summarize(times, args.peer).items()]
-
-    settings = {k: getattr(args, k) for k in (
-        'peer', 'batch_size', 'compile', 'channels_last', 'amp', 'rounds', 'repeats', 'model_kwargs')}
+    keys = ('peer', 'batch_size', 'compile', 'channels_last', 'amp', 'rounds', 'repeats', 'model_kwargs')
     cpu = f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}'
-    settings.update(
-        size=list(size), threads=torch.get_num_threads(), torch=torch.__version__, timm_sepool=__version__,
-        device=torch.cuda.get_device_name(x.device) if x.is_cuda else cpu)
+    settings = dict(
+        {k: getattr(args, k) for k in keys}, size=list(size), threads=torch.get_num_threads(), torch=torch.__version__,
+        timm_sepool=__version__, device=torch.cuda.get_device_name(x.device) if x.is_cuda else cpu)
     report = dict(settings=settings, results=results)
     if args.blocks:
         print('timm-sepool bench: timing the blocks', file=sys.stderr)
-        like = x.bfloat16() if args.amp else x
-        report['blocks'] = measure_blocks({k: v for k, v in blocks.items() if v}, like, autocast, args)
+        report['blocks'] = measure_blocks(blocks, x.bfloat16() if args.amp else x, autocast, args)
     return report
 
 
-def measure_blocks(
-        blocks: Dict[str, List[Any]], like: torch.Tensor, autocast: Autocast, args: argparse.Namespace,
-) -> List[Dict[str, Any]]:
+def measure_blocks(blocks: Dict[str, list], like: torch.Tensor, autocast: Autocast, args: argparse.Namespace) -> list:
     """Time the four blocks of each network in turns, for images of the shape and kind of `like`.
 
     Returns dicts of model, mode, stage, mb (size of x), what `summarize` returns, and roofline (its time over ms).
     """
     results = []
-    for mode, stage in itertools.product(args.modes, range(4)):
+    for mode, stage in [(mode, stage) for mode in args.modes for stage in range(4)]:
         size = [-(-n // 2 ** (stage + 2)) for n in like.shape[2:]]
         steps: Dict[str, Step] = {}
         for spec, stages in blocks.items():
