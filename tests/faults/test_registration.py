@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import zipfile
 from pathlib import Path
 from typing import Collection, Dict, Iterable, List, Sequence, Tuple
 
@@ -284,33 +283,12 @@ PROGRAMS = {
         sys.meta_path.insert(0, Hook())
         {BY_HAND}
         """,
-    'loader_without_exec_module': f"""
-        # of the old kind, it is left alone: timm works
-        warnings.simplefilter('ignore')
-        class Hook:
-            def find_spec(self, fullname, path=None, target=None):
-                if fullname == 'timm.models':
-                    self.spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-                    return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-            def load_module(self, name):
-                module = sys.modules[name] = importlib.util.module_from_spec(self.spec)
-                self.spec.loader.exec_module(module)
-                return module
-        import torch
-        sys.meta_path.insert(1, Hook())
-        {BY_HAND}
-        """,
     'meta_path_cleared': """
         import torch
         saved = sys.meta_path[:]
         sys.meta_path.clear()
         with raises((ImportError, ImportWarning)): import timm
         sys.meta_path[:] = saved
-        """,
-    'unpickled': """
-        # a class of ours is the first thing that is imported
-        import pickle
-        assert pickle.loads(b'ctimm_sepool.sepool_resnet\\nSEPoolResNet\\n.').__name__ == 'SEPoolResNet'
         """,
     'autoload_off': f"""
         {OFF}
@@ -388,19 +366,6 @@ DEFAULT = ['KeyboardInterrupt_in_timm_sepool.sepool_resnet', 'autoload_off', 'ho
 @pytest.mark.parametrize('program', mark_full(PROGRAMS, DEFAULT))
 def test_program(tree: Tree, program: str) -> None:
     tree.quiet(PROGRAMS[program], REGISTERED)
-
-
-@pytest.mark.full
-def test_zip(tree: Tree, tmp_path: Path) -> None:
-    archive = tmp_path / 'timm_sepool.zip'
-    with zipfile.ZipFile(archive, 'w') as f:
-        for file in tree.package.glob('*.py'):
-            f.write(file, f'timm_sepool/{file.name}')
-    shutil.rmtree(tree.package)
-    tree.quiet(f'sys.path.insert(0, {str(archive)!r})', REGISTERED, f"""
-    import timm_sepool.adopted
-    assert timm_sepool.adopted.__file__.startswith({str(archive)!r})
-    """)
 
 
 @pytest.mark.parametrize('flags', mark_full(['-I', '-O', '-OO', '-B', '-X importtime', '-X dev'], default=['-OO']))

@@ -162,32 +162,6 @@ def test_lost_process(tmp_path: Path, signal: int, timeout: int) -> None:
     check_same(tmp_path, 'ddp', 'lost', [a, b], expected)
 
 
-def train_with_statistics(folder: Path, rank: int, world: int, network: str) -> List[Tuple]:
-    model, optimizer = build(network, 'ddp', frozen=False)
-    return [
-        (train_step(model, optimizer, step, rank, world, 3 * world), copy.deepcopy(model.module.state_dict()))
-        for step in range(2)]
-
-
-@pytest.mark.parametrize('network, world', [('rgse', 2), pytest.param('spse', 4, marks=pytest.mark.full)])
-def test_statistics_of_each_process(tmp_path: Path, network: str, world: int) -> None:
-    """Norms that are not frozen do what DDP defines: each process normalizes by its own images, gradients are averaged,
-    and each step starts with the running statistics of rank 0."""
-    of_ranks = run_group(tmp_path, world, train_with_statistics, (network,))
-    model, optimizer = build(network, frozen=False)
-    for step in range(2):
-        copies = [copy.deepcopy(model) for _ in range(world)]
-        losses = [
-            train_step(c, torch.optim.SGD(c.parameters(), lr=0.), step, rank, world, 3 * world)
-            for rank, c in enumerate(copies)]
-        for p, *copied in zip(model.parameters(), *(c.parameters() for c in copies)):
-            p.grad = torch.stack([q.grad for q in copied]).mean(0)
-        optimizer.step()
-        states = [{**model.state_dict(), **dict(c.named_buffers())} for c in copies]
-        torch.testing.assert_close([record[step] for record, in of_ranks], list(zip(losses, states)), **EXACT)
-        model.load_state_dict(states[0])
-
-
 @pytest.mark.parametrize('network, convert', [
     ('rgse', nn.SyncBatchNorm.convert_sync_batchnorm), ('spse', convert_sync_batchnorm),
     ('adopted', convert_sync_batchnorm)])

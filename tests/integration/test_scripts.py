@@ -45,7 +45,7 @@ def run(folder: Path, *args: Any, check: bool = True) -> subprocess.CompletedPro
 
 
 def result(process: subprocess.CompletedProcess) -> Any:
-    """What train.py, validate.py and benchmark.py print last, as JSON."""
+    """What train.py and validate.py print last, as JSON."""
     return json.loads(process.stdout.split('--result\n')[1])
 
 
@@ -77,7 +77,7 @@ def last(output: Path, key: str = 'state_dict') -> Dict[str, Any]:
 def folder(tmp_path_factory) -> Path:
     """Coloured noise, and copies of the scripts: beside the originals python would import the checkout's timm."""
     folder = tmp_path_factory.mktemp('scripts')
-    for script in ('train', 'validate', 'inference', 'benchmark', 'onnx_export', 'avg_checkpoints'):
+    for script in ('train', 'validate', 'onnx_export', 'avg_checkpoints'):
         shutil.copy(Path(os.environ['TIMM_SCRIPTS'], f'{script}.py'), folder)
     assert run(folder, '-c', 'import timm; print(timm.__file__)').stdout.strip() == timm.__file__
     rng = np.random.default_rng(0)
@@ -166,45 +166,12 @@ def test_adopted(folder: Path) -> None:
     torch.testing.assert_close({k: v for k, v in last(output).items() if k in squeezes}, squeezes)
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='inductor needs a C++ compiler')
-def test_train_inductor(folder: Path) -> None:
-    options = ['--val-split', '', '--warmup-epochs', 0]  # a validation would compile the model once or twice more
-    eager, _ = train(folder, 'eager', *options)
-    compiled, output = train(folder, 'inductor', *options, '--torchcompile')
-    assert 'backend=inductor' in compiled.stderr
-    assert result(compiled)[0]['train']['loss'] == pytest.approx(result(eager)[0]['train']['loss'], rel=1e-3)
-    assert validate(folder, output / 'last.pth.tar')['img_size'] == 64
-
-
 @pytest.mark.parametrize('options', ['', '--torchscript --channels-last'])
 def test_validate(options: str, folder: Path, recipe: Path) -> None:
     """As train.py validated its EMA model."""
     checked = validate(folder, recipe / 'last.pth.tar', '--use-ema', *options.split(), *PREPROCESSING)
     keys = ('img_size', 'crop_pct', 'interpolation', 'top1')
     assert [checked[k] for k in keys] == [64, 0.875, 'bilinear', accuracy(recipe)]
-
-
-def test_inference(folder: Path, recipe: Path) -> None:
-    """Of the EMA weights, whose validation train.py reports."""
-    pytest.importorskip('pandas')
-    options = '--label-type none --include-index --fullname --results-dir . --results-file out --results-format csv'
-    checkpoint = ['--checkpoint', recipe / 'last.pth.tar']
-    run(folder, 'inference.py', *DATA, *MODEL, *PREPROCESSING, *checkpoint, *options.split())
-    predictions = list(csv.DictReader((folder / 'out.csv').read_text().splitlines()))
-    correct = sum(row['filename'].startswith(f'class{row["index"]}/') for row in predictions)
-    assert len(predictions) == NUM_IMAGES['validation'] and 100 * correct / len(predictions) == accuracy(recipe)
-
-
-@pytest.mark.parametrize('options', [
-    '--model rgse_resnet50',
-    '--model spse_resnet50 --amp --amp-dtype bfloat16 --channels-last --grad-checkpointing --detail'])
-def test_benchmark(options: str, folder: Path) -> None:
-    options += ' --bench both --num-warm-iter 1 --num-bench-iter 5'
-    measured = result(run(folder, 'benchmark.py', *MODEL, *options.split()))
-    assert measured['infer_samples_per_sec'] > 0 and measured['train_samples_per_sec'] > 0  # absent if it failed
-    model = timm.create_model(options.split()[1], num_classes=NUM_CLASSES, **TINY)
-    params = sum(p.numel() for p in model.parameters())
-    assert measured['param_count'] == pytest.approx(params / 1e6, abs=0.01)
 
 
 @pytest.mark.parametrize('options', ['', '--dynamic-size', '--dynamo', '--dynamo --dynamic-size'])

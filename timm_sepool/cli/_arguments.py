@@ -19,8 +19,7 @@ class ModelKwargs(argparse.Action):
 
 def add_model_kwargs(parser: argparse.ArgumentParser, help: str) -> None:
     """Add --model-kwargs, which is train.py's."""
-    parser.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ModelKwargs, metavar='KEY=VALUE', help=help)
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ModelKwargs, metavar='KEY=VALUE', help=help)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,9 @@ NUM_HELD_OUT = 360
 
 
 def load_digits() -> Tuple[List[Any], Any]:
-    """Load the digits, shuffled with a fixed seed. The last NUM_HELD_OUT are for validation.
+    """Load PIL images (8 x 8, grey) and labels (N,), shuffled with a fixed seed; the last NUM_HELD_OUT are for validation.
 
-    Returns:
-        PIL images (8 x 8, grey) and labels (N,).
-
-    Raises:
-        CommandError: If scikit-learn is not installed.
+    Raises CommandError if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits

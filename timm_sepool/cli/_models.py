@@ -67,11 +67,7 @@ def unknown_model(name: str, known: List[str]) -> CommandError:
 
 
 def check_model(name: str) -> str:
-    """Architecture of a model name of this package, with or without a tag.
-
-    Raises:
-        CommandError: If this package has no such model or tag.
-    """
+    """Architecture of a model name, with or without a tag. Raises CommandError if this package does not have it."""
     from timm.models import get_arch_name, list_models
 
     arch = get_arch_name(name)

@@ -27,10 +27,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_new(path: Path) -> None:
-    """Check, before any work is done for it, that an output path can be written.
-
-    Raises CommandError if `path` exists, or its directory does not exist or is not writable.
-    """
+    """Raise CommandError, before any work is done, if `path` exists or its directory is missing or not writable."""
     if os.path.lexists(path):
         raise CommandError(f'{path} already exists. Choose another output path or remove it first.')
     folder = path.parent
