@@ -7,7 +7,7 @@ NUM_HELD_OUT = 360
 
 
 def load_digits() -> Tuple[List[Any], Any]:
-    """Load PIL images (8 x 8, grey) and labels (N,), shuffled with a fixed seed; the last NUM_HELD_OUT are for validation.
+    """Load PIL images (8 x 8, grey) and labels (N,), shuffled with a fixed seed, the last NUM_HELD_OUT for validation.
 
     Raises CommandError if scikit-learn is not installed.
     """
