@@ -6,7 +6,6 @@ from typing import Callable, List, Optional, Tuple
 import pytest
 import torch
 from torch import fx, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm
 from helpers.common import FULL, images, tiny, training_step
@@ -31,17 +30,6 @@ def assert_same_step(got: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
         assert_same(grad, grads[n.replace('_orig_mod.', '')])
 
 
-def export(model: nn.Module, in_range: bool = False) -> nn.Module:
-    dim, shapes = torch.export.Dim, AUTO_SHAPES
-    if in_range:
-        shapes = ({0: dim('batch'), 2: dim('height', min=64, max=2048), 3: dim('width', min=64, max=2048)},)
-        try:
-            torch.export.export(tiny('resnet50'), (EXAMPLE,), dynamic_shapes=shapes)
-        except Exception:
-            pytest.skip(f'torch {torch.__version__} cannot do this for a plain resnet50 either')
-    return torch.export.export(model, (EXAMPLE,), dynamic_shapes=shapes).module()
-
-
 def onnx(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """Computed by onnxruntime."""
     if not hasattr(torch.compiler, 'is_exporting'):
@@ -58,10 +46,8 @@ CONVERTERS = {
     'trace': lambda model: torch.jit.trace(model, EXAMPLE),
     'fx': fx.symbolic_trace,
     'fx_torchscript': lambda model: torch.jit.script(fx.symbolic_trace(model)),
-    'fx_torchvision': lambda model: lambda x: create_feature_extractor(model, ['layer3.0.se.gate', 'fc'])(x)['fc'],
     'fx_timm': lambda model: lambda x: timm.models.create_feature_extractor(model, ['fc'])(x)['fc'],
-    'export': export,
-    'export_range': lambda model: export(model, in_range=True),
+    'export': lambda model: torch.export.export(model, (EXAMPLE,), dynamic_shapes=AUTO_SHAPES).module(),
     'onnx': onnx,
 }
 
@@ -69,7 +55,7 @@ CONVERTERS = {
 @pytest.mark.parametrize('name, converter', [
     pytest.param(name, converter, marks=pytest.mark.full if full else ())
     for name in FAMILIES for converter in CONVERTERS
-    for full in [converter == 'export_range' or (converter == 'onnx' and name == FAMILIES[0])]
+    for full in [converter == 'onnx' and name == FAMILIES[0]]
 ])
 def test_convert(name: str, converter: str) -> None:
     """One program for every batch and size."""
@@ -96,9 +82,7 @@ def test_torchscript_of_other_blocks(attn_layer: str) -> None:
 @pytest.mark.parametrize('name', FAMILIES)
 def test_compile(name: str, backend: str) -> None:
     """No graph break in train mode when the size changes; inductor, which takes a minute a graph, in eval mode too.
-
-    In float64: rounding in float32 can move a value across a ReLU's 0, which changes its gradient.
-    """
+    In float64: rounding in float32 can move a value across a ReLU's 0, which changes its gradient."""
     model = tiny(name).double().train()
     inputs = [images(3, 64, 64).double(), images(3, 97, 131).double()]
     torch.compiler.reset()
