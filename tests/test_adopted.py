@@ -319,7 +319,7 @@ FORMS: Dict[str, Callable[[nn.Module], Any]] = {
     'TorchScript': torch.jit.script,
     'fx': torch.fx.symbolic_trace,
     'timm': lambda model: lambda x: timm.models.create_feature_extractor(model, ['6'])(x)['6'],
-    'compile': partial(torch.compile, fullgraph=True, backend='aot_eager'),
+    'compile': partial(torch.compile, fullgraph=True, backend='eager'),
     'export': lambda model: torch.export.export(
         model, (images(2, 28, 28),), dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)).module(),
 }

@@ -80,8 +80,7 @@ OURS = [f'from timm_sepool{x}' for x in (
 
 @pytest.mark.parametrize('first, autoload', [
     ('', True),
-    (OURS[0], True),  # imports timm, which imports this module
-    *(pytest.param(x, True, marks=full) for x in [*FIRST, *OURS[1:]]),
+    *(pytest.param(x, True, marks=full) for x in [*FIRST, *OURS]),  # ours import timm, which imports them
     *(pytest.param(x, False, marks=full) for x in OURS),
 ])
 def test_import_timm(first: str, autoload: bool, tmp_path: Path) -> None:

@@ -78,8 +78,9 @@ def test_torchscript_of_other_blocks(attn_layer: str) -> None:
     assert_same(torch.jit.script(model)(INPUTS[1]), model(INPUTS[1]))
 
 
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.full)])
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name, backend', [
+    (FAMILIES[1], 'aot_eager'), *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        (FAMILIES[0], 'aot_eager'), (FAMILIES[0], 'inductor'), (FAMILIES[1], 'inductor')))])
 def test_compile(name: str, backend: str) -> None:
     """No graph break in train mode when the size changes; inductor, which takes a minute a graph, in eval mode too.
     In float64: rounding in float32 can move a value across a ReLU's 0, which changes its gradient."""
@@ -109,7 +110,7 @@ def compiled_graphs(model: nn.Module, dynamic: Optional[bool], inputs: List[torc
     return graphs
 
 
-@pytest.mark.parametrize('dynamic, batches', [(True, (1,)), (None, (2, 3))])
+@pytest.mark.parametrize('dynamic, batches', [(True, (1,)), pytest.param(None, (2, 3), marks=pytest.mark.full)])
 def test_compile_many_sizes(dynamic: Optional[bool], batches: Tuple[int, ...]) -> None:
     """One dynamic graph serves all sizes, as in seresnet50: the squeezes add no guards on them."""
     rng = random.Random(0)

@@ -139,6 +139,7 @@ def test_donor_of_another_topology(tmp_path: Path, other: str, other_kwargs: Dic
             'rgse_resnet50', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **{**TINY, **kwargs})
 
 
+@pytest.mark.full
 def test_fine_tuning_beats_training_from_scratch(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(DOCS))
     from finetune_digits import compare

@@ -110,7 +110,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module, strict: b
         strict: Refuse missing and unexpected tensors. Otherwise they are left to `load_state_dict(strict=False)`.
 
     Raises:
-        RuntimeError: If the checkpoint is damaged, not finite, or of another architecture or number of classes.
+        CheckpointError: A RuntimeError, if the checkpoint is damaged, not finite, or of another architecture or number
+            of classes.
     """
     if isinstance(state_dict.get('state_dict', None), dict):
         state_dict = state_dict['state_dict']

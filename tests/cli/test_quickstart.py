@@ -46,6 +46,7 @@ def test_quickstart(tmp_path, capsys, monkeypatch) -> None:
     assert ('--device cpu' in fine_tune) != torch.cuda.is_available() and train in docs and validate in docs
 
 
+@pytest.mark.full
 def test_same_seed_same_result(tmp_path) -> None:
     """Bit for bit; another seed gives other weights; the other family trains too."""
     a, b, c, d = (tmp_path / name for name in 'abcd')

@@ -118,7 +118,7 @@ FAULTS: Dict[str, Tuple] = {  # content of the file, part of the message
     *(('sepool_resnet', fault, 'timm') for fault in FAULTS),
     ('sepool_resnet', 'missing', 'torch'), ('sepool_resnet', 'missing', 'timm_sepool'),
     *(('adopted', fault, 'timm') for fault in ('missing', 'syntax_error', 'system_exit')),
-], default=[('sepool_resnet', 'timm_too_old', 'timm'), ('adopted', 'missing', 'timm')]))
+], default=[('sepool_resnet', 'timm_too_old', 'timm')]))
 def test_broken_module(tree: Tree, file: str, fault: str, first: str) -> None:
     """Without sepool_resnet.py nothing is registered, without adopted.py the ten networks are."""
     content, message = FAULTS[fault]
@@ -128,7 +128,8 @@ def test_broken_module(tree: Tree, file: str, fault: str, first: str) -> None:
     tree.warns(f'import {first}', check, message=message)
 
 
-@pytest.mark.parametrize('kept', mark_full(['nothing', '__init__.py'], default=['nothing']))
+@pytest.mark.full
+@pytest.mark.parametrize('kept', ['nothing', '__init__.py'])
 def test_removed_package(tree: Tree, kept: str) -> None:
     """torch fails if the files are gone and the dist-info stays: its error names the package, and its switch works."""
     for file in tree.package.iterdir():
@@ -164,7 +165,8 @@ WARNINGS = {
 }
 
 
-@pytest.mark.parametrize('name', mark_full(WARNINGS, default=['timm_is_a_mock']))
+@pytest.mark.full
+@pytest.mark.parametrize('name', WARNINGS)
 def test_warning(tree: Tree, name: str) -> None:
     tree.warns(*WARNINGS[name])
 
@@ -231,7 +233,8 @@ def install():
 """
 
 
-@pytest.mark.parametrize('first', mark_full(['other_addon', 'timm_sepool._autoload'], default=['other_addon']))
+@pytest.mark.full
+@pytest.mark.parametrize('first', ['other_addon', 'timm_sepool._autoload'])
 def test_other_addon(tree: Tree, first: str) -> None:
     """Another package that registers models in the same way, whichever of the two finders is asked first."""
     (tree.folder / 'other_addon.py').write_text(OTHER_ADDON)
@@ -359,8 +362,7 @@ PROGRAMS = {
         sys.exit()
         """,
 }
-DEFAULT = ['KeyboardInterrupt_in_timm_sepool.sepool_resnet', 'autoload_off', 'hook_asks_nobody',
-           'installed_and_reloaded_often', 'thread_imports_timm_sepool.sepool_resnet']
+DEFAULT = ['KeyboardInterrupt_in_timm_sepool.sepool_resnet', 'thread_imports_timm_sepool.sepool_resnet']
 
 
 @pytest.mark.parametrize('program', mark_full(PROGRAMS, DEFAULT))

@@ -123,11 +123,11 @@ def check_same(folder: Path, kind: str, source: str, losses: List[List[float]], 
 
 
 FULL_CASES = [
-    ('spse', 'ddp', 2), ('adopted', 'ddp', 2), ('rgse', 'fsdp', 2), *product(('rgse', 'spse'), ('ddp', 'fsdp'), (4,))]
+    *product(NETWORKS, ['ddp'], [2]), ('rgse', 'fsdp', 2), *product(('rgse', 'spse'), ('ddp', 'fsdp'), [4])]
 
 
 @pytest.mark.parametrize('network, kind, world', [
-    ('rgse', 'ddp', 2), ('spse', 'fsdp', 2), *(pytest.param(*case, marks=pytest.mark.full) for case in FULL_CASES)])
+    ('spse', 'fsdp', 2), *(pytest.param(*case, marks=pytest.mark.full) for case in FULL_CASES)])
 def test_equals_one_process(tmp_path: Path, network: str, kind: str, world: int) -> None:
     """DDP (no parameter unused) and FSDP2 (squeezes and blocks sharded) with frozen statistics take the same steps as
     one process with the global batch, and the checkpoint of each kind continues in the others."""
