@@ -1,7 +1,4 @@
-""" A Hub that fails, lies or hangs up: one clear error, nothing half-written, and the next call without the fault works
-
-Every id is one fault.
-"""
+""" A Hub that fails, lies or hangs up: one clear error, nothing half-written, and the next call without it works """
 import json
 import os
 import re
@@ -23,8 +20,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 import timm
 from helpers.common import TINY, serve_donor, tiny
 from helpers.hub_server import HubServer, Repo
+from helpers.runs import check_fails
 from timm_sepool.cli._output import CommandError, save_folder
-from timm_sepool.cli.main import main
 from timm_sepool.cli.push import hub_errors, upload
 
 DONOR = 'timm/resnet50.a1_in1k'
@@ -92,23 +89,14 @@ def failing(hub: HubServer, monkeypatch) -> Callable:
     return context
 
 
-# --- weights
-
 @pytest.mark.parametrize('key, fault', [
     *((WEIGHTS, fault) for fault in (*STATUSES, 200, 'missing', *HANGS)),  # 200 is a login page
-    *((f'GET {WEIGHTS}', fault) for fault in (*STATUSES[1:], 200, *HANGS, b'', b'short', 'cut', 'reset', 'stall')),
+    *((f'GET {WEIGHTS}', fault) for fault in (*STATUSES[1:], 200, *HANGS, b'', b'short', 'cut', 'stall')),
 ], ids=lambda value: {WEIGHTS: 'all', f'GET {WEIGHTS}': 'download'}.get(value, str(value)))
 def test_failing_download(source: Source, failing: Callable, key: str, fault) -> None:
     with failing(key.format(source.repo_id), fault):
         source.check_refused()
     source.check_works()
-
-
-def test_cut_download_is_resumed(hub: HubServer, source: Source) -> None:
-    hub.was_cut.clear()
-    hub.faults[source.repo_id] = 'cut-once'
-    source.check_works()
-    assert (source.repo_id, 'model.safetensors') in hub.was_cut
 
 
 @pytest.mark.parametrize('fault', ['offline', 429, 500, 503, 'timeout'], ids=str)
@@ -122,22 +110,12 @@ def test_cached_weights_need_no_hub(source: Source, failing: Callable, fault) ->
         source.check_works()
 
 
-def flip_bit(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
-
-
-def fill_bn1(data: bytes, value: float) -> bytes:
-    state_dict = safetensors.torch.load(data)
-    return safetensors.torch.save({**state_dict, 'bn1.bias': torch.full_like(state_dict['bn1.bias'], value)})
-
-
 @pytest.mark.parametrize('damage', [
     pytest.param(lambda data: b'', id='empty'),
     pytest.param(lambda data: data[:len(data) // 2], id='truncated'),
     pytest.param(lambda data: data.translate(bytes(range(255, -1, -1))), id='all bits flipped'),
-    pytest.param(lambda data: flip_bit(data, 8), id='bit of the header flipped'),
-    pytest.param(lambda data: fill_bn1(data, torch.nan), id='NaN'),
-    pytest.param(lambda data: fill_bn1(data, torch.inf), id='infinity'),
+    pytest.param(lambda data: data[:8] + b'z' + data[9:], id='bit of the header flipped'),  # of {
+    pytest.param(lambda data: data[:-4] + b'\xff' * 4, id='NaN'),
     pytest.param(lambda data: data.replace(b'layer2.0.conv1', b'layer2.0.conv0'), id='tensor missing'),
 ])
 def test_damaged_file_in_the_cache(hub: HubServer, source: Source, damage: Callable[[bytes], bytes]) -> None:
@@ -152,14 +130,12 @@ def test_damaged_file_in_the_cache(hub: HubServer, source: Source, damage: Calla
 
 def test_changed_weight(hub: HubServer, source: Source) -> None:
     """A flipped bit gives a valid weight. Only the client's own verification finds it."""
-    hub.faults[WEIGHTS.format(source.repo_id)] = flip_bit(source.sound, len(source.sound) // 2)
+    hub.faults[WEIGHTS.format(source.repo_id)] = source.sound[:-1] + bytes([source.sound[-1] ^ 1])
     source.create()
     if hasattr(HfApi, 'verify_repo_checksums'):
         mismatches = HfApi().verify_repo_checksums(source.repo_id, cache_dir=source.cache).mismatches
         assert [m['path'] if isinstance(m, dict) else m.path for m in mismatches] == ['model.safetensors']
 
-
-# --- config.json of create_model('hf-hub:...'): the errors are huggingface_hub's, as docs/weights.md says
 
 @pytest.mark.parametrize('source', ['hf-hub'], indirect=True)
 @pytest.mark.parametrize('key, faults, error', [
@@ -172,15 +148,13 @@ def test_changed_weight(hub: HubServer, source: Source) -> None:
     ('GET ', (*HANGS, 'cut'), hub_errors()),
 ], ids=lambda value: '-'.join(map(str, value)) if isinstance(value, tuple) and value != hub_errors() else '')
 def test_failing_config(source: Source, failing: Callable, key: str, faults: tuple, error: Type[Exception]) -> None:
+    """Of create_model('hf-hub:...'): the errors are huggingface_hub's, as docs/weights.md says."""
     for fault in faults:
         with failing(f'{key}{source.repo_id}/config.json', fault), pytest.raises(error):
             source.create()
     source.check_works()
 
 
-# --- this machine
-
-@pytest.mark.parametrize('source', ['donor', 'hf-hub'], indirect=True)
 def test_disk_full(source: Source) -> None:
     """No file can be written beyond 100 kB, as on a full disk or over a quota."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -192,13 +166,12 @@ def test_disk_full(source: Source) -> None:
     source.check_works()
 
 
-def test_cache_that_cannot_be_written(small_donor: Callable) -> None:
-    cache = small_donor.keywords['cache_dir']
-    cache.write_text('a file in its place')
-    with pytest.raises(RuntimeError, match=f'rgse_resnet50 cannot be loaded from {DONOR}: .*{cache}.* Check'):
-        small_donor()
-    cache.unlink()
-    small_donor()
+def test_cache_that_cannot_be_written(hub: HubServer, small_donor: Callable) -> None:
+    source = Source(hub, DONOR, small_donor)
+    source.cache.write_text('a file in its place')
+    source.check_refused(f': .*{source.cache}.* Check')
+    source.cache.unlink()
+    source.check_works()
     with pytest.raises(RuntimeError, match='rgse_resnet50 cannot be loaded from timm/a b c: HFValidationError'):
         small_donor(pretrained_cfg_overlay=dict(hf_hub_id='timm/a b c'))
 
@@ -239,8 +212,6 @@ def test_killed_while_downloading(hub: HubServer, small_donor: Callable, monkeyp
     source.check_works()
 
 
-# --- push
-
 @pytest.fixture
 def repo(hub: HubServer, monkeypatch) -> Repo:
     """The repository to push to, with an older network of the same architecture."""
@@ -255,8 +226,7 @@ def repo(hub: HubServer, monkeypatch) -> Repo:
     *(('user/net', fault) for fault in (*STATUSES, 200, *HANGS)),
     *(('user/net/config.json', fault) for fault in (401, 403, 429, 500, 503, *HANGS)),
     *(('user/net/preupload', fault) for fault in (*STATUSES, 200, *HANGS)),
-    *(('user/net/commit', fault) for fault in (*STATUSES, 412, 413, *HANGS)),
-    ('user/net/commit', 'lost'),
+    *(('user/net/commit', fault) for fault in (*STATUSES, 412, 413, *HANGS, 'lost')),
 ], ids=str)
 def test_failing_push(hub: HubServer, repo: Repo, tmp_path: Path, key: str, fault) -> None:
     """One line, and the repository as it was; then again, and it is complete. A lost commit is made as a whole."""
@@ -281,7 +251,6 @@ def test_push_without_a_donor(hub: HubServer, repo: Repo, tmp_path: Path, monkey
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     serve_donor(hub, 'resnet50.a1_in1k', **TINY)
     hub.faults[DONOR] = fault
-    assert main(['push', 'rgse_resnet50', '--repo-id', 'user/net']) == 2
-    err = capsys.readouterr().err
-    assert err.startswith('timm-sepool push: error: The pretrained weights of rgse_resnet50 can') and DONOR in err
-    assert 'Traceback' not in err and set(repo) == {'config.json', 'README.md'}
+    argv = ['push', 'rgse_resnet50', '--repo-id', 'user/net']
+    check_fails(capsys, tmp_path / 'none', argv, f'pretrained weights of rgse_resnet50 cannot be loaded from {DONOR}: ')
+    assert set(repo) == {'config.json', 'README.md'}

@@ -1,15 +1,12 @@
 """ A Hugging Face Hub on this machine, for tests
 
-It serves what the `huggingface_hub` client asks for to create, upload, look up and download repositories. The client
-finds it by HF_ENDPOINT and writes with HF_TOKEN=hf_test; it reads both at import. Every upload is a plain one: there is
-no LFS and no Xet here, no folders, branches or pull requests.
+It serves what the `huggingface_hub` client asks for to create, upload, look up and download repositories, without LFS,
+Xet, folders and branches. The client finds it by HF_ENDPOINT and writes with HF_TOKEN=hf_test, both read at import.
 """
 import base64
 import hashlib
 import json
 import re
-import socket
-import struct
 import sys
 import threading
 from http.client import responses
@@ -62,10 +59,8 @@ class HubServer:
             (preupload, commit); with a method before it ('GET user/net') for its requests alone. An HTTP status answers
             every request (200 with an HTML page); 'missing' says that there is no such file, 'timeout' hangs up after
             `delay` seconds and 'header' in the middle of the header. A commit that is 'lost' is made, but not answered.
-            Files only: bytes are sent instead of the file, and after its first half the connection ends ('cut', or
-            'cut-once': the first download alone), is reset ('reset') or sends nothing for `delay` seconds ('stall').
+            Files only: bytes replace the file; after its half the connection ends ('cut') or waits `delay` s ('stall').
         was_cut: Id and name of the files that were sent by half.
-        delay: Seconds.
     """
 
     def __init__(self, delay: float = 2.):
@@ -80,9 +75,6 @@ class HubServer:
 
     def start(self) -> None:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def wait(self) -> None:
-        threading.Event().wait(self.delay)  # tests replace time.sleep
 
     def add(self, repo_id: str, files: Dict[str, Union[bytes, Path]], repo_type: str = 'model') -> str:
         """Commit files to a repository, created if need be, and return the commit's sha."""
@@ -110,8 +102,7 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: one connection per request
         try:
             self.answer(path)
         except HubError as e:
-            # by the code the client chooses its exception
-            headers = {'X-Error-Message': str(e), 'X-Error-Code': e.code, 'Retry-After': '0'}
+            headers = {'X-Error-Message': str(e), 'X-Error-Code': e.code, 'Retry-After': '0'}  # code: the exception
             self.send(e.status, b'<title>Log in</title>' if e.status == 200 else {'error': str(e)}, **headers)
 
     do_HEAD = do_POST = do_GET
@@ -125,13 +116,11 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: one connection per request
             self.send(200, {'errors': [], 'warnings': []})
         elif match := _API.fullmatch(path):
             repo_type, repo_id, verb, revision = match.groups()
-            self.check_fault(repo_id, verb or '')
-            repo, files = self.repo(repo_type, repo_id, revision or 'main')
+            repo, files = self.repo(repo_type, repo_id, revision or 'main', verb or '')
             if verb == 'preupload':  # how to upload each file; the client leaves out those whose oid is the same
-                names = [file['path'] for file in json.loads(self.body)['files']]
                 self.send(200, {'files': [
-                    dict(path=name, uploadMode='regular', shouldIgnore=False, oid=git_oid(files.get(name)))
-                    for name in names]})
+                    dict(path=f['path'], uploadMode='regular', shouldIgnore=False, oid=git_oid(files.get(f['path'])))
+                    for f in json.loads(self.body)['files']]})
             elif verb == 'commit':
                 self.commit(repo)
             elif verb == 'tree':
@@ -164,11 +153,13 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: one connection per request
         if self.fault == 'missing':
             raise HubError(404, 'EntryNotFound')
         if self.fault in ('timeout', 'header'):
-            self.hub.wait() if self.fault == 'timeout' else self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Le')
+            self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Le' if self.fault == 'header' else b'')
+            threading.Event().wait(self.hub.delay if self.fault == 'timeout' else 0)  # tests replace time.sleep
             raise ConnectionAbortedError
 
-    def repo(self, repo_type: str, repo_id: str, revision: str) -> Tuple[Repo, Dict[str, bytes]]:
-        """The repository, and its files at 'main' or at the sha of a commit."""
+    def repo(self, repo_type: str, repo_id: str, revision: str, name: str) -> Tuple[Repo, Dict[str, bytes]]:
+        """The repository, and its files at 'main' or at the sha of a commit; `name` as in `check_fault`."""
+        self.check_fault(repo_id, name)
         repo = self.hub.repos.get((repo_type, repo_id))
         if repo is None:
             raise HubError(404)
@@ -178,8 +169,7 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: one connection per request
 
     def resolve(self, repo_type: str, repo_id: str, revision: str, file: str) -> None:
         """Send a file or a range of it. The client's cache names it by its ETag."""
-        self.check_fault(repo_id, file)
-        repo, files = self.repo(repo_type, repo_id, revision)
+        repo, files = self.repo(repo_type, repo_id, revision, file)
         if file not in files:
             raise HubError(404, 'EntryNotFound')
         headers = {'X-Repo-Commit': repo.sha if revision == 'main' else revision}
@@ -189,24 +179,19 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: one connection per request
         if match := re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', '')):
             status, start = 206, int(match[1])
             headers['Content-Range'] = f'bytes {start}-{len(data) - 1}/{len(data)}'
-        half = self.command == 'GET' and self.fault in ('cut', 'cut-once', 'reset', 'stall')
-        if not half or self.fault == 'cut-once' and (repo_id, file) in self.hub.was_cut:
-            self.send(status, data[start:], **headers)
-            return
-        self.send(status, data[start:], sent=max(0, len(data) // 2 - start), **headers)
-        self.hub.was_cut.add((repo_id, file))
-        if self.fault == 'stall':
-            self.hub.wait()
-        elif self.fault == 'reset':
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        half = self.command == 'GET' and self.fault in ('cut', 'stall')
+        self.send(status, data[start:], sent=max(0, len(data) // 2 - start) if half else None, **headers)
+        if half:
+            self.hub.was_cut.add((repo_id, file))
+        if half and self.fault == 'stall':
+            threading.Event().wait(self.hub.delay)
 
     def create(self, name: str, organization: str = 'user', type: str = 'model', **options) -> None:
         repo_id = f'{organization}/{name}'
         self.check_fault(repo_id)
         self.check_token()
         status = 409 if (type, repo_id) in self.hub.repos else 200
-        # the old client's option and the new one's
-        private = bool(options.get('private')) or options.get('visibility') == 'private'
+        private = bool(options.get('private')) or options.get('visibility') == 'private'  # old client or new one
         self.hub.repos.setdefault((type, repo_id), Repo(repo_id, private))
         self.send(status, {'url': f'{self.hub.endpoint}/{repo_id}', 'name': repo_id})
 
