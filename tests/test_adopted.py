@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Tuple
 
 import pytest
-import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import timm
-from helpers.common import FULL, NAMES, TINY, images, training_step
+from helpers.common import FULL, NAMES, TINY, images, serve_donor, training_step
 from helpers.hub_server import HubServer
 from timm.layers import SEModule
 from timm.models import save_for_hf
@@ -22,20 +20,21 @@ from timm_sepool import adopt
 from timm_sepool._private import SqueezeExcite
 
 SHALLOW = dict(layers=(1, 1, 1, 1))
-# the smallest of each file of timm that has SE blocks (older timm has fewer), with arguments that make it smaller
 SMALLER = {'legacy_seresnet18': SHALLOW, 'repvit_m1': dict(depth=(2, 2, 2, 2)), 'rexnet_100': dict(width_mult=0.25),
-           'seresnet18': SHALLOW, 'tresnet_m': SHALLOW}
+           'seresnet18': SHALLOW, 'tresnet_m': SHALLOW, 'gcvit_xxtiny': dict(img_size=96),
+           'test_maxvit': dict(img_size=96)}
+# the smallest of each file of timm that has SE blocks (older timm has fewer), with arguments that make it smaller
 FAMILIES = {name: SMALLER.get(name, {}) for name in (
-    'efficientvim_m1', 'efficientvit_m0', 'fastvit_t8', 'gcvit_xxtiny', 'ghostnet_050', 'haloregnetz_b',
-    'hardcorenas_b', 'lcnetv2_small', 'legacy_seresnet18', 'mobilenetv3_small_050', 'regnety_002', 'repghostnet_050',
-    'repvit_m1', 'rexnet_100', 'sedarknet21', 'seresnet18', 'shvit_s1', 'test_byobnet', 'test_efficientnet',
-    'test_maxvit', 'test_nfnet', 'tresnet_m') if timm.is_model(name)}
+    *SMALLER, 'efficientvim_m1', 'efficientvit_m0', 'fastvit_t8', 'ghostnet_050', 'haloregnetz_b', 'hardcorenas_b',
+    'lcnetv2_small', 'mobilenetv3_small_050', 'regnety_002', 'repghostnet_050', 'sedarknet21', 'shvit_s1',
+    'test_byobnet', 'test_efficientnet', 'test_nfnet') if timm.is_model(name)}
 # efficientvit of older timm and haloregnetz take one size, tresnet multiples of 4, the others are built for a size
 SIZES = {'efficientvit_m0': ((224, 224),), 'haloregnetz_b': ((224, 224),), 'tresnet_m': ((64, 64), (68, 100)),
          'gcvit_xxtiny': ((96, 96),), 'test_maxvit': ((96, 96),)}
 # parameters added by rgse and spse, and those of the base, as README and docs/adopt.md give them
 ADDED = {'regnety_032': (56_448, 214_704, 19.4e6), 'efficientnet_b0': (41_792, 188_160, 5.3e6),
          'legacy_senet154': (262_144, 1_005_312, 115e6)}
+assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def se_modules(model: nn.Module) -> Dict[str, nn.Module]:
@@ -61,64 +60,47 @@ def learned(model: nn.Module, std: float = 0.3) -> nn.Module:
     return model
 
 
-def assert_same_weights(got: nn.Module, expected: nn.Module) -> None:
-    torch.testing.assert_close(got.state_dict(), expected.state_dict(), rtol=0, atol=0)
-
-
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * max(1., expected.abs().max().item()))
 
 
-def check_architecture(name: str) -> int:
-    """Replacement, grids and parameters by formula, on the meta device. Returns the number of SE modules."""
-    try:
-        original = build(name)
-    except NotImplementedError:  # older timm computes the widths of RegNets by tensors
-        original = timm.create_model(name).to('meta')
-    if not se_modules(original):
-        pytest.raises(ValueError, adopt, original).match('has no SE block')
-        return 0
-    run, maps = copy.deepcopy(original).eval(), {}
-    for path, module in se_modules(run).items():
-        module.register_forward_hook(lambda m, args, out, path=path: maps.update({path: tuple(out.shape[1:])}))
-    with torch.no_grad():
-        run(torch.empty(1, *original.pretrained_cfg['input_size'], device='meta'))
-    grids = {k: next(g for g in range(1, 99) if height < 7 * g + 3.5) for k, (_, height, _) in maps.items()}
-    rgse = {f'{k}.squeeze.weight': (maps[k][0], 1, g, g) for k, g in grids.items() if g > 1}
-    spse = {f'{k}.squeeze.weight{g}': (maps[k][0], 1, g, g) for k in maps for g in (1, 2, 4)}
-    shapes = {k: tuple(v.shape) for k, v in original.state_dict().items()}
-    for squeeze, expected in (('rgse', rgse), ('spse', spse)):
-        model = copy.deepcopy(original)
-        if expected:
-            assert adopt(model, squeeze) is model and all(p.is_meta for p in model.parameters())
-            assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {**shapes, **expected}, name
-        else:
-            pytest.raises(ValueError, adopt, model, squeeze).match('every grid would be 1 x 1')
-    if name in ADDED:
-        assert tuple(sum(map(math.prod, added.values())) for added in (rgse, spse)) == ADDED[name][:2]
-        assert sum(p.numel() for p in original.parameters()) == pytest.approx(ADDED[name][2], rel=0.005)
-    return len(maps)
-
-
 def test_architectures() -> None:
-    names = timm.list_models() if FULL else [*ADDED, 'test_maxvit', 'resnet18']
-    counts = {name: check_architecture(name) for name in names if name not in (*NAMES, 'adopted')}
-    found = [name for name, count in counts.items() if count]
+    """Replacement, grids and parameters by formula, on the meta device."""
+    counts = {}
+    for name in set(timm.list_models() if FULL else [*ADDED, 'test_maxvit']) - {*NAMES, 'adopted'}:
+        try:
+            original = build(name)
+        except NotImplementedError:  # older timm computes the widths of RegNets by tensors
+            original = timm.create_model(name).to('meta')
+        if not se_modules(original):
+            pytest.raises(ValueError, adopt, original).match('has no SE block')
+            continue
+        run, maps = copy.deepcopy(original).eval(), {}
+        for path, module in se_modules(run).items():
+            module.register_forward_hook(lambda m, args, out, path=path: maps.update({path: tuple(out.shape[1:])}))
+        with torch.no_grad():
+            run(torch.empty(1, *original.pretrained_cfg['input_size'], device='meta'))
+        counts[name] = len(maps)
+        grids = {k: next(g for g in range(1, 99) if height < 7 * g + 3.5) for k, (_, height, _) in maps.items()}
+        rgse = {f'{k}.squeeze.weight': (maps[k][0], 1, g, g) for k, g in grids.items() if g > 1}
+        spse = {f'{k}.squeeze.weight{g}': (maps[k][0], 1, g, g) for k in maps for g in (1, 2, 4)}
+        shapes = {k: tuple(v.shape) for k, v in original.state_dict().items()}
+        for squeeze, expected in (('rgse', rgse), ('spse', spse)):
+            model = copy.deepcopy(original)
+            if expected:
+                assert adopt(model, squeeze) is model and all(p.is_meta for p in model.parameters())
+                assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {**shapes, **expected}, name
+            else:
+                pytest.raises(ValueError, adopt, model, squeeze).match('every grid would be 1 x 1')
+        if name in ADDED:
+            assert tuple(sum(map(math.prod, added.values())) for added in (rgse, spse)) == ADDED[name][:2]
+            assert sum(p.numel() for p in original.parameters()) == pytest.approx(ADDED[name][2], rel=0.005)
     if FULL:
-        assert set(found) >= FAMILIES.keys()
-        every_file = {timm.model_entrypoint(name).__module__ for name in found}
-        assert every_file == {timm.model_entrypoint(name).__module__ for name in FAMILIES}
+        assert counts.keys() >= FAMILIES.keys()
+        modules = [{timm.model_entrypoint(name).__module__ for name in names} for names in (counts, FAMILIES)]
+        assert modules[0] == modules[1]
         if timm.__version__ == '1.0.31':  # as README and docs/adopt.md say
-            assert (len(found), sum(counts.values())) == (334, 6811)
-
-
-def test_grids() -> None:
-    """At 224 px those of the paper's networks, else of the map's area."""
-    # 56 x 28 is the area of 5.7 x 5.7 windows
-    for chans, size, grids in ((1, None, [8, 4, 2]), (3, (3, 448, 448), [16, 8, 4, 2]), (3, (3, 224, 112), [6, 3])):
-        model = adopt(timm.create_model('seresnet18', in_chans=chans, **SHALLOW), input_size=size)
-        assert [w.shape[-1] for w in squeeze_weights(model).values()] == grids
-    model.eval()(images(1, 224, 112))
+            assert (len(counts), sum(counts.values())) == (334, 6811)
 
 
 @pytest.mark.parametrize('name', [name for name in FAMILIES if FULL or name in (
@@ -127,11 +109,10 @@ def test_families(name: str) -> None:
     """The same logits in eval and train mode at every size, then all squeezes have gradients."""
     sizes = SIZES.get(name, ((64, 64), (65, 97)))
     inputs = [images(2, *size) for size in sizes]
-    args = dict(img_size=sizes[0]) if name in ('gcvit_xxtiny', 'test_maxvit') else {}
-    model = fill(timm.create_model(name, num_classes=10, **args, **FAMILIES[name]))
+    model = fill(timm.create_model(name, num_classes=10, **FAMILIES[name]))
     original = copy.deepcopy(model)
     try:
-        adopt(model, 'rgse', (3, *sizes[0]) if args else None)
+        adopt(model, 'rgse', (3, *sizes[0]) if 'img_size' in FAMILIES[name] else None)
     except ValueError as e:
         assert 'every grid would be 1 x 1' in str(e)
         adopt(model, 'spse')
@@ -148,8 +129,7 @@ def test_families(name: str) -> None:
     assert all(torch.equal(model.state_dict()[k], v) for k, v in original.state_dict().items())  # statistics of norms
     weights = squeeze_weights(model)
     assert weights and not any(w.any() for w in weights.values())
-    loss = logits(inputs[-1]).log_softmax(-1)[..., 0].sum()
-    grads = torch.autograd.grad(loss, list(weights.values()))
+    grads = torch.autograd.grad(logits(inputs[-1]).log_softmax(-1)[..., 0].sum(), list(weights.values()))
     assert all(grad.isfinite().all() and grad.any() for grad in grads)
 
 
@@ -172,7 +152,7 @@ def test_learned_squeeze_is_the_formula(squeeze: str) -> None:
         x = torch.randn(2, 16, 23, 30)
         s = x.mean((2, 3), keepdim=True)
         for w in module.squeeze.parameters():
-            s = s + F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=16)
+            s = s + nn.functional.conv2d(nn.functional.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=16)
         if getattr(module, 'add_maxpool', False):
             s = (s + x.amax((2, 3), keepdim=True)) / 2
         *layers, gate = [m for m in module.children() if m is not module.squeeze]  # in the order of use
@@ -183,7 +163,6 @@ def test_leaves_the_rest_alone() -> None:
     """Modules, parameters (shared ones too), hooks and modes are the same objects; values and random state stay."""
     model, called = fill(timm.create_model('regnety_002')).train(), []
     model.s2.eval()
-    model.s1.b1.se.fc1.weight.requires_grad_(False)
     model.s4.b3.se, model.s4.b3.conv3.conv.weight = model.s4.b2.se, model.s4.b2.conv3.conv.weight
     original = copy.deepcopy(model)
     model.s3.b1.se.register_forward_hook(lambda *args: called.append(args[0]))
@@ -193,9 +172,7 @@ def test_leaves_the_rest_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert modules == [(k, m, m.training) for k, m in model.named_modules(remove_duplicate=False) if 'squeeze' not in k]
     assert all(model.get_parameter(k) is v for k, v in params.items())
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in original.state_dict().items())
     assert not model.s2.b1.se.squeeze.training and model.s1.b1.se.squeeze.training
-    assert not model.s1.b1.se.fc1.weight.requires_grad and model.s1.b1.se.squeeze.weight.requires_grad
     called.clear()
     assert torch.equal(model(images(2, 64, 64)), original(images(2, 64, 64)))
     assert called == [model.s3.b1.se] and not any(m._forward_pre_hooks for m in model.modules())
@@ -218,16 +195,16 @@ def test_adopted_is_adopt() -> None:
     model = timm.create_model('adopted', base='regnety_002', **args)
     torch.manual_seed(0)
     expected = adopt(timm.create_model('regnety_002', **args))
-    assert_same_weights(model, expected)
+    assert_equal(model.state_dict(), expected.state_dict())
     assert model.pretrained_cfg == {**expected.pretrained_cfg, 'architecture': 'adopted'} == model.default_cfg
     # a loop over all models of timm gives no base
     default, expected = timm.create_model('adopted', **TINY), timm.create_model('adopted', base='seresnet50', **TINY)
     assert str(default) == str(expected) and default.pretrained_cfg == expected.pretrained_cfg
-    # a base that is built for a size
-    grids, larger = (
-        [w.shape[-1] for w in squeeze_weights(timm.create_model('adopted', base='gcvit_xxtiny', **args)).values()]
-        for args in ({}, dict(img_size=448)))
-    assert larger == [*(2 * grid for grid in grids), 2]  # the last map has one window at 224 px
+    for base, size, grids in (
+            ('gcvit_xxtiny', dict(img_size=448), [32, 16, 8, 4, 16, 8, 4, 8, 4, 4, 2]),  # built for a size
+            ('seresnet18', dict(input_size=(3, 448, 448)), [16, 16, 8, 8, 4, 4, 2, 2]),
+            ('seresnet18', dict(input_size=(3, 224, 112)), [6, 6, 3, 3])):  # 56 x 28 is the area of 5.7 x 5.7 windows
+        assert [w.shape[-1] for w in squeeze_weights(timm.create_model('adopted', base=base, **size)).values()] == grids
     # scripts that resolve the config themselves pass it on
     cfg = timm.models.resolve_pretrained_cfg('adopted').to_dict()
     assert timm.create_model('adopted', base='regnety_002', pretrained_cfg=cfg).pretrained_cfg == model.pretrained_cfg
@@ -236,14 +213,11 @@ def test_adopted_is_adopt() -> None:
 def test_pretrained_base(hub: HubServer, tmp_path: Path) -> None:
     """pretrained=True loads the base's own weights, of its tag; a file can be the base's or an adopted model's."""
     create = partial(timm.create_model, 'adopted', True, base='test_efficientnet.r160_in1k', squeeze='spse')
-    base, x = fill(timm.create_model('test_efficientnet')).eval(), images(2, 97, 131)
-    hub.add('timm/test_efficientnet.r160_in1k', {'model.safetensors': safetensors.torch.save(base.state_dict())})
-    model = create().eval()
+    serve_donor(hub, 'test_efficientnet.r160_in1k')
+    base = timm.create_model('test_efficientnet.r160_in1k', pretrained=True).eval()
+    model, x = create().eval(), images(2, 97, 131)
     assert torch.equal(model(x), base(x))
     assert model.pretrained_cfg['hf_hub_id'] == 'timm/test_efficientnet.r160_in1k'
-    expected = timm.create_model('test_efficientnet.r160_in1k', pretrained=True, features_only=True).eval()(x)
-    assert all(map(torch.equal, create(features_only=True).eval()(x), expected))
-
     path = tmp_path / 'weights.pth'
     overlay = dict(file=str(path), num_classes=-1)  # as train.py --pretrained-path
     for state, donor in ((base.state_dict(), base), ({'state_dict': learned(model).state_dict()}, model)):
@@ -255,7 +229,7 @@ def test_pretrained_base(hub: HubServer, tmp_path: Path) -> None:
     torch.save({**model.state_dict(), 'ema.decay': torch.ones(1)}, path)
     overlay = dict(file=str(path))
     pytest.raises(RuntimeError, create, pretrained_cfg_overlay=overlay).match('ema.decay')
-    assert_same_weights(create(pretrained_cfg_overlay=overlay, pretrained_strict=False), model)
+    assert_equal(create(pretrained_cfg_overlay=overlay, pretrained_strict=False).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize('where, args, other, counts', [
@@ -264,20 +238,18 @@ def test_pretrained_base(hub: HubServer, tmp_path: Path) -> None:
 def test_saved_model(where: str, args: Dict[str, Any], other: str, counts: str, hub: HubServer, tmp_path: Path) -> None:
     """save_for_hf, and what then loads by name: weights, config, other classes and channels, features."""
     save_for_hf(adopt(timm.create_model('seresnet50', **TINY), **args), tmp_path / 'in_place', safe_serialization=True)
-    error = pytest.raises(ValueError, timm.create_model, f'local-dir:{tmp_path}/in_place', pretrained=True)
-    error.match('needs an SE model of timm as base, got None')
+    pytest.raises(ValueError, timm.create_model, f'local-dir:{tmp_path}/in_place').match('as base, got None')
     args = dict(base='seresnet50', **args, **TINY)
     cfg = dict(input_size=(3, 96, 96), crop_pct=0.875)  # of a training run at another size, which changes no grid
     model = timm.create_model('adopted', num_classes=10, pretrained_cfg_overlay=cfg, **args)
     learned(fill(model)).eval()
-    x, file = images(2, 97, 131), tmp_path / 'model.pth'
+    x, file, folder = images(2, 97, 131), tmp_path / 'model.pth', tmp_path / 'saved'
     torch.save(model.state_dict(), file)
     create = partial(timm.create_model, 'adopted', num_classes=10)
-    assert_same_weights(create(checkpoint_path=file, **args), model)
+    assert_equal(create(checkpoint_path=file, **args).state_dict(), model.state_dict())
     with pytest.raises(RuntimeError, match=f'{counts} .* Use the base, squeeze and input_size'):
         create(pretrained=True, **{  # where timm would not be strict
             **args, 'squeeze': other, 'num_classes': 3, 'pretrained_cfg_overlay': dict(file=str(file))})
-    folder = tmp_path / 'saved'
     # timm >= 1.0.31 saves the arguments by itself, older timm the given ones
     save_for_hf(model, folder, model_args=args, safe_serialization=True)
     assert not hasattr(timm.models, 'get_model_args') or timm.models.get_model_args(model).items() >= args.items()
@@ -285,7 +257,7 @@ def test_saved_model(where: str, args: Dict[str, Any], other: str, counts: str, 
     name = 'hf-hub:user/adopted' if where == 'hf-hub' else f'local-dir:{folder}'
     create = partial(timm.create_model, name, pretrained=True)
     loaded, other = create().eval(), create(num_classes=3).eval()
-    assert_same_weights(loaded, model)
+    assert_equal(loaded.state_dict(), model.state_dict())
     data = timm.data.resolve_data_config(model=loaded)
     assert (tuple(data['input_size']), data['crop_pct']) == ((3, 96, 96), 0.875)
     assert other(x).shape == (2, 3) and torch.equal(other.forward_features(x), model.forward_features(x))
@@ -317,7 +289,6 @@ FORMS: Dict[str, Callable[[nn.Module], Any]] = {
     'pickle': lambda model: pickle.loads(pickle.dumps(model)),
     'channels last': lambda model: copy.deepcopy(model).to(memory_format=torch.channels_last),
     'TorchScript': torch.jit.script,
-    'fx': torch.fx.symbolic_trace,
     'timm': lambda model: lambda x: timm.models.create_feature_extractor(model, ['6'])(x)['6'],
     'compile': partial(torch.compile, fullgraph=True, backend='eager'),
     'export': lambda model: torch.export.export(
@@ -360,7 +331,7 @@ def test_learns_positions(squeeze: str) -> None:
         square = ((torch.arange(28).view(-1, 1) - top) // 8 == 0) & ((torch.arange(28) - left) // 8 == 0)
         logits = model(0.3 * torch.randn(count, 1, 28, 28) + 2 * square.unsqueeze(1))
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels).backward()
+        nn.functional.cross_entropy(logits, labels).backward()
         optimizer.step()
     accuracy = (logits.argmax(1) == labels).float().mean()
     assert accuracy > 0.95 if squeeze else accuracy < 0.6
@@ -392,6 +363,7 @@ BAD: Dict[str, Tuple[Any, Dict[str, Any], str]] = {
     'LoRA': (partial(build, SE, fc1=nn.Sequential(conv())), {}, f'{FC1} Sequential, not a Conv2d with floating-point'),
     'not floats': (partial(build, SE, fc1=conv(dtype=torch.complex64)), {}, FC1 + r'.* Adopt .* then wrap \(LoRA\)'),
     'adopted': (lambda: adopt(build(SE)), {}, r'layer1\.0\.se of ResNet .*: it is adopted already. Create'),
+    'last one fails': (partial(build, SE, fc1=nn.LazyConv2d(32, 1)), dict(squeeze='spse'), "Can't access the shape"),
     'wrapped': (lambda: nn.DataParallel(build(SE)), {}, 'Adopt the model first, then wrap it'),
 }
 
@@ -406,25 +378,16 @@ def test_bad_input(create: Callable, kwargs: Dict[str, Any], message: str) -> No
         return str(model), list(model.state_dict()), copy.deepcopy(getattr(model, 'pretrained_cfg', None)), modules
 
     before = state()
-    pytest.raises(ValueError, adopt, model, **kwargs).match(message)
+    pytest.raises(RuntimeError if 'shape' in message else ValueError, adopt, model, **kwargs).match(message)
     assert state() == before
-
-
-def test_failure_while_building(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that runs out at a later squeeze leaves the first module as it was."""
-    model, calls = build(SE), []
-    monkeypatch.setattr(nn.init, 'zeros_', lambda w: calls.append(w) if len(calls) < 4 else w[0, 0, 99])
-    pytest.raises(IndexError, adopt, model, 'spse')
-    assert not squeeze_weights(model) and all(type(m) is SEModule for m in se_modules(model).values())
 
 
 @pytest.mark.parametrize('args, message', [
     *((dict(base=base), f"needs an SE model of timm as base, got '{base}'. Pass base='regnety_032'")
       for base in ('', 'seresnet999', 'hf-hub:timm/seresnet50')),
-    (dict(base='adopted'), 'adopted already'), (dict(base='seresnet50.nonsense'), 'Invalid pretrained tag'),
+    (dict(base='adopted'), 'adopted already'),
     *((dict(features_only=True, feature_cls=cls), f"do not support feature_cls='{cls}'. Use 'getter'")
       for cls in ('hook', 'fx')),
 ])
 def test_bad_adopted(args: Dict[str, Any], message: str) -> None:
-    error = RuntimeError if 'tag' in message else ValueError
-    pytest.raises(error, timm.create_model, 'adopted', **args).match(message)
+    pytest.raises(ValueError, timm.create_model, 'adopted', **args).match(message)
