@@ -117,6 +117,7 @@ def test_whose_fault(sources, kwargs, overlay, error, match, monkeypatch) -> Non
     assert len(built) <= 1
 
 
+@pytest.mark.full
 def test_import_before_timm() -> None:
     """The import of timm then registers the models while checkpoints.py is half-imported."""
     code = 'import timm_sepool.checkpoints, timm; assert timm.create_model("rgse_resnet50", device="meta")'

@@ -203,6 +203,7 @@ print(rank, type(body.layer1[0].se).__name__, *[next(m.parameters()).requires_gr
 """
 
 
+@pytest.mark.full
 def test_launcher_and_ddp(tmp_path: Path) -> None:
     """A script for torchvision, on two processes: every parameter takes part in each step, else DDP raises."""
     (tmp_path / 'train.py').write_text(SCRIPT)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import timm
+from helpers.common import FULL
 from timm_sepool.cli._digits import NUM_HELD_OUT, load_digits
 from timm_sepool.cli.main import main
 from timm_sepool.cli.quickstart import top1
@@ -19,7 +20,7 @@ def test_quickstart(tmp_path, capsys, monkeypatch) -> None:
     """It says how long it takes, has at least 95 % top-1, timm loads it, and the printed commands run as they stand."""
     monkeypatch.chdir(tmp_path)
     folder = Path("it's $HOME")
-    assert main(['quickstart', '--out', str(folder)]) == 0
+    assert main(['quickstart', '--out', str(folder), *([] if FULL else ['--epochs', '5'])]) == 0
     out = capsys.readouterr().out
     assert re.match(r'Training a small rgse_resnet50 .*This takes about [1-9]\d* s\.\nepoch  1 ', out)
     accuracy = float(out.split('top-1 ')[-1].split(' %')[0])

@@ -133,7 +133,7 @@ RUNS = {
     **{f'train-{name}': (train, name, {}) for name in FAMILIES},
     **{f'{mode}-{name}': (create, name, {**NETWORKS[name], **MODES[mode]}) for name in NETWORKS for mode in MODES},
 }
-QUICK = ('train-spse_resnet50', 'fx-rgse_resnext50', 'features-spse_resnet50')
+QUICK = ('train-spse_resnet50', 'features-rgse_resnext50')
 
 
 @pytest.mark.parametrize('run', [run if run in QUICK else pytest.param(run, marks=pytest.mark.full) for run in RUNS])
