@@ -56,7 +56,7 @@ CONVERTERS = {
 @pytest.mark.parametrize('name, converter', [
     pytest.param(name, converter, marks=pytest.mark.full if full else ())
     for name in FAMILIES for converter in CONVERTERS
-    for full in [converter == 'onnx' and name == FAMILIES[0]]
+    for full in [converter == 'onnx' or (name, converter) == (FAMILIES[0], 'export')]
 ])
 def test_convert(name: str, converter: str) -> None:
     """One program for every batch and size."""

@@ -52,7 +52,8 @@ def digest(name: str, case: str, seed: int = 0) -> str:
 
 
 def digests() -> Dict[str, str]:
-    return {f'{name}-{case}': digest(name, case) for name in FAMILIES for case in CASES}
+    cases = CASES if FULL else ('plain', 'drop_path')
+    return {f'{name}-{case}': digest(name, case) for name in FAMILIES for case in cases}
 
 
 def test_same_seed_same_bits() -> None:
@@ -75,7 +76,7 @@ print(json.dumps(digests()))
     assert json.loads(result.stdout) == expected
     assert digest(FAMILIES[0], 'plain', seed=1) != expected[f'{FAMILIES[0]}-plain']
     for name in FAMILIES:
-        assert len({expected[f'{name}-{case}'] for case in ('plain', 'drop_path', 'drop_block')}) == 3
+        assert len({expected[f'{name}-{case}'] for case in ('plain', 'drop_path')}) == 2
 
 
 def usage() -> Dict[str, int]:
@@ -139,7 +140,7 @@ QUICK = ('train-spse_resnet50', 'features-rgse_resnext50')
 @pytest.mark.parametrize('run', [run if run in QUICK else pytest.param(run, marks=pytest.mark.full) for run in RUNS])
 def test_nothing_grows(run: str) -> None:
     make_run, name, kwargs = RUNS[run]
-    count = (200 if make_run is train else 20) * (10 if FULL else 1)
+    count = (100 if make_run is train else 10) * (20 if FULL else 1)
     growth, = run_processes(_growth, 1, make_run, name, kwargs, count, timeout=6000)
     # fx keeps the source code of what it traces
     limits = dict(tensors=0, modules=0, objects=count * (0.1 if make_run is train else 10), rss=32 * 2 ** 20)
