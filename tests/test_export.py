@@ -115,8 +115,11 @@ def compiled_graphs(model: nn.Module, dynamic: Optional[bool], inputs: List[torc
 def test_compile_many_sizes(dynamic: Optional[bool], batches: Tuple[int, ...]) -> None:
     """One dynamic graph serves all sizes, as in timm's SE: the squeezes add no guards on them. Networks with --full."""
     rng = random.Random(0)
-    chans = 3 if FULL else 8
-    inputs = [images(rng.choice(batches), chans, rng.randint(33, 160), rng.randint(33, 160)) for _ in range(25)]
+    # maps that a grid of 4 divides or not, square ones, and narrow ones: eager mode has a form for each
+    sizes = [(32, 48), (8, 12), (33, 47), (37, 37), (40, 40), (12, 12), (9, 13), (64, 16), (7, 7), (21, 5)]
+    if FULL:
+        sizes = [(rng.randint(33, 160), rng.randint(33, 160)) for _ in range(25)]
+    inputs = [images(rng.choice(batches), 3 if FULL else 8, *size) for size in sizes]
     peer, *ours = map(tiny, ('seresnet50', *FAMILIES)) if FULL else (SEModule(8), SPSEModule(8), RGSEModule(8, grid=4))
     most = len(compiled_graphs(peer.eval(), dynamic, inputs)) + 1
     for model in ours:
