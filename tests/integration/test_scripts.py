@@ -139,8 +139,9 @@ def test_donor_on_disk(folder: Path) -> None:
     options = '--pretrained --pretrained-path plain.pth --lr 1e-9 --warmup-epochs 0'
     _, output = train(folder, 'mine', *PREPROCESSING, *options.split())
     torch.testing.assert_close(last(output)['layer1.0.bn3.weight'], 2 * donor.layer1[0].bn3.weight.detach())
-    run(folder, 'avg_checkpoints.py', '--input', output, '--filter', 'checkpoint-*.pth.tar', '--output', 'averaged.pth')
-    run(folder, '-m', 'timm_sepool', 'convert', 'averaged.pth', 'mine.safetensors', '--model', 'rgse_resnet50')
+    averaged = output / 'averaged.pth'  # beside the run's args.yaml
+    run(folder, 'avg_checkpoints.py', '--input', output, '--filter', 'checkpoint-*.pth.tar', '--output', averaged)
+    run(folder, '-m', 'timm_sepool', 'convert', averaged, 'mine.safetensors', '--model', 'rgse_resnet50')
     assert validate(folder, 'mine.safetensors', *PREPROCESSING)['top1'] == accuracy(output)
 
 
