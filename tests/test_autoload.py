@@ -107,8 +107,8 @@ def test_launcher(tmp_path: Path) -> None:
     assert sorted(run([*launcher, 'train.py'], tmp_path).stdout.splitlines()) == ['0 True', '1 True']
 
 
-@pytest.mark.parametrize('method', [
-    m if m == 'spawn' else pytest.param(m, marks=full) for m in multiprocessing.get_all_start_methods()])
+@pytest.mark.full
+@pytest.mark.parametrize('method', multiprocessing.get_all_start_methods())
 def test_data_loader_worker(method: str, tmp_path: Path) -> None:
     """The models are registered in a worker that imports timm itself."""
     (tmp_path / 'train.py').write_text(textwrap.dedent(f"""

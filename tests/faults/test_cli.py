@@ -266,7 +266,7 @@ def test_read_only_folder(timm_sepool: Runner, command: str) -> None:
     timm_sepool.failed(result, 'Cannot write out', 'is not a writable directory')
 
 
-@pytest.mark.parametrize('command', ['convert', 'push_dry_run', 'bench', 'plot', 'imagefolder'][0 if FULL else 3:])
+@pytest.mark.parametrize('command', ['convert', 'push_dry_run', 'bench', 'plot', 'imagefolder'][0 if FULL else 4:])
 def test_output_appears(timm_sepool: Runner, command: str) -> None:
     """A second process writes the same output meanwhile: it wins and its output is left as it is."""
     second = """

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from helpers.common import TINY, images, tiny
+from helpers.common import FULL, TINY, images, tiny
 from timm import create_model
 from timm_sepool.cli.quickstart import MODEL_ARGS, load_digits
 
@@ -157,7 +157,7 @@ def test_onnxruntime_int8(family: str, tmp_path: Path) -> None:
 
     x, y = digits()
     model = create_model(f'{family}_resnet50', num_classes=10, **MODEL_ARGS)
-    batches = [(x[b], y[b]) for _ in range(5) for b in torch.randperm(1437)[:1408].split(64)]
+    batches = [(x[b], y[b]) for _ in range(5 if FULL else 3) for b in torch.randperm(1437)[:1408].split(64)]
     train(model, F.cross_entropy, batches, torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
     x, y, calibration = x[1437:], y[1437:], iter([{'x': b.numpy()} for b in x[:256].split(64)])
     fp32, prepared, int8 = (tmp_path / f'{name}.onnx' for name in ('fp32', 'prepared', 'int8'))
