@@ -4,6 +4,7 @@ A checkpoint is renamed, converted and checked as a whole before any of it is lo
 """
 import os
 import re
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
@@ -87,7 +88,7 @@ def _find_faults(state_dict: Dict[str, torch.Tensor], names: List[str], model: n
         'unexpected tensors': theirs.keys() - ours.keys(),
         'tensors of another shape': [k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k]],
         'tensors with NaN or infinity': [k for k, v in state_dict.items() if not v.is_meta and not v.isfinite().all()],
-        'tensors named twice': {k for k in state_dict if names.count(k) > 1},
+        'tensors named twice': [k for k, count in Counter(names).items() if count > 1 and k in state_dict],
     }
     found = [f'{fault}: {_listed(keys)}' for fault, keys in faults.items() if keys]
     # timm replaces the classifier if num_classes is not the config's, so it must have the size of either. A negative

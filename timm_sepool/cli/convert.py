@@ -29,8 +29,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output.suffix != '.safetensors':
         raise CommandError(f'The name of {args.output} must end in .safetensors: timm tells the format by it.')
     with new_path(args.output) as temporary:
-        model, kwargs, run_args = load_trained(
-            args.model, args.input, args.use_ema, model_kwargs=args.model_kwargs)
+        model, kwargs, run_args = load_trained(args.model, args.input, args.use_ema, model_kwargs=args.model_kwargs)
         # what `push` and `plot` need, in the form of args.yaml; without a known preprocessing they ask for it
         model_kwargs = {k: v for k, v in kwargs.items() if k not in ('num_classes', 'in_chans')}
         metadata = dict(model=arch, model_kwargs=model_kwargs, in_chans=model.in_chans)
