@@ -1,18 +1,22 @@
-""" RGSE and SPSE squeezes for any SE network of timm
+""" Attention for any network of timm, with no change of what it computes at the start
 
-`adopt` adds learned local averages to the global average of every SE block of a model. Unlike in the networks of the
-paper the fusion is linear (no norm, no ReLU) and starts as the plain mean:
+A network with SE blocks gets RGSE or SPSE squeezes: learned local averages beside the global average of every SE block.
+Unlike in the networks of the paper the fusion is linear (no norm, no ReLU) and starts as the plain mean:
 
     x_se = mean(x) + sum over the cells of weight * local average,  weight = 0 at first
+
+A network without SE blocks gets whole attention blocks, at the places of `places`. Their gates start at exactly 1:
+
+    gate = 2 * sigmoid(last layer),  last layer = 0 at first
 
 So an adopted model computes exactly what it did, in eval and train mode and at every input size, and learns from there.
 The grids are the paper's (section 3): RGSE has one cell per 7x7 window of the map, SPSE 1x1 + 2x2 + 4x4 cells.
 
 The registered model `adopted` does the same by name, for train.py, validate.py and the Hub:
-`timm.create_model('adopted', base='regnety_032', squeeze='rgse', pretrained=True)`.
+`timm.create_model('adopted', base='regnety_032', attention='rgse', pretrained=True)`.
 """
 from dataclasses import fields
-from typing import Any, Collection, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -21,10 +25,14 @@ from timm import models
 from timm.layers import SEModule, get_attn, to_2tuple
 from timm.models.senet import SEModule as SENetSEModule
 
-from . import squeeze as squeeze_layers  # the module, not its names: it may be half-imported while it waits for timm
+from . import places as attention_places  # modules, not their names: they may be half-imported while they wait for timm
+from . import squeeze as squeeze_layers
 from ._private import SqueezeExcite
 
-__all__ = ['adopt', 'RGSqueeze', 'SPSqueeze']
+__all__ = ['adopt', 'RGSqueeze', 'SPSqueeze', 'UnitGate']
+
+ATTENTIONS = ('se', 'spse', 'rgse', 'eca', 'cbam', 'coord')
+NORM = False
 
 
 class RGSqueeze(nn.Module):
@@ -101,151 +109,231 @@ class AdoptedSENetSEModule(SENetSEModule):
         return x * self.sigmoid(self.fc2(x_se))
 
 
+class UnitGate(nn.Module):
+    """Twice the sigmoid: a gate between 0 and 2 that is exactly 1 at 0, in every float dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2. * x.sigmoid()
+
+
 _ADOPTED: Dict[type, type] = {
     SEModule: AdoptedSEModule, SqueezeExcite: AdoptedSqueezeExcite, SENetSEModule: AdoptedSENetSEModule}
 
 
-def _se_modules(model: nn.Module) -> Dict[Any, torch.Tensor]:
-    """The modules to adopt, each with the weight (rd_channels, C, 1, 1) of its first layer. Raises as `adopt`."""
+def _se_modules(model: nn.Module) -> Dict[str, Tuple[Any, torch.Tensor]]:
+    """The SE modules by name, each with the weight (rd_channels, C, 1, 1) of its first layer. Raises as `adopt`."""
     name = type(model).__name__
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ValueError(f'{name} would not know the new parameters. Adopt the model first, then wrap it.')
-    found: Dict[Any, torch.Tensor] = {}
+    found: Dict[str, Tuple[Any, torch.Tensor]] = {}
     for path, module in model.named_modules():
-        where = f'{path} of {name} is of class {type(module).__name__}'
-        if isinstance(module, tuple(_ADOPTED.values())):
-            raise ValueError(f'{where}: it is adopted already. Create the model again to adopt it differently.')
-        if isinstance(module, squeeze_layers.SEPoolModule):
-            raise ValueError(f'{where}, which has local averages already. Adopt an SE network, for example seresnet50.')
         if not isinstance(module, tuple(_ADOPTED)):
             continue
         if type(module) not in _ADOPTED or 'forward' in vars(module):
             raise ValueError(
-                f'{where} and has a forward of its own, which adopt would replace. Adopt a model with the unchanged '
-                'SEModule or SqueezeExcite of timm.')
+                f'{path} of {name} is of class {type(module).__name__} and has a forward of its own, which adopt would '
+                'replace. Adopt a model with the unchanged SEModule or SqueezeExcite of timm.')
         layer_name = 'conv_reduce' if isinstance(module, SqueezeExcite) else 'fc1'
         layer = getattr(module, layer_name)
         if not isinstance(layer, nn.Conv2d) or not layer.weight.is_floating_point():
             raise ValueError(
                 f'{path}.{layer_name} of {name} is of class {type(layer).__name__}, not a Conv2d with floating-point '
                 'weights. Adopt the model first, then wrap (LoRA), quantize or replace its layers.')
-        found[module] = layer.weight
-    if not found:
-        not_se = tuple(map(get_attn, ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat')))
-        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, not_se)})
-        raise ValueError(
-            f"{name} has no SE block to adopt{', only ' if others else ''}{', '.join(others)}. Choose a model with "
-            "timm's SEModule or SqueezeExcite, for example seresnet50, regnety_032 or efficientnet_b0.")
+        found[path] = module, layer.weight
     return found
 
 
-def _map_sizes(model: nn.Module, modules: Collection[Any], input_size: Tuple[int, ...]) -> Dict[Any, torch.Size]:
-    """Input height and width of each module, from a forward on the meta device that leaves the model as it is."""
-    sizes: Dict[Any, torch.Size] = {}
-    modes = [(module, module.training) for module in model.modules()]
-    hooks = [se.register_forward_pre_hook(lambda m, args: sizes.update({m: args[0].shape[-2:]})) for se in modules]
-    try:
-        # by module and untied: functional_call would not restore the tensors of a module that is registered twice
-        tensors = {
-            f'{path}.{name}'.removeprefix('.'): torch.empty_like(t, device='meta')
-            for path, module in model.named_modules()
-            for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
-        dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
-        model.eval()
-        with torch.no_grad():
-            x = torch.empty(1, *input_size, device='meta', dtype=dtype)
-            torch.func.functional_call(model, tensors, x, tie_weights=False)
-    except Exception as e:  # any model's forward may raise anything at a size that it does not take
-        raise ValueError(
-            f'Cannot run {type(model).__name__} at input_size={tuple(input_size)} to find the sizes of its maps '
-            f"({type(e).__name__}: {e}). Pass an input_size=(channels, height, width) that it takes, or "
-            "squeeze='spse'.") from e
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
+def _refuse_if_adopted(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f'{name} would not know the new parameters. Adopt the model first, then wrap it.')
     for path, module in model.named_modules():
-        if module in modules and module not in sizes:
-            raise ValueError(
-                f"The forward of {type(model).__name__} does not run {path}, so the size of its map is unknown. Adopt "
-                "the whole model, or use squeeze='spse'.")
-    return sizes
+        where = f'{path} of {name} is of class {type(module).__name__}'
+        if isinstance(module, tuple(_ADOPTED.values())) or _is_inserted(module):
+            raise ValueError(f'{where}: it is adopted already. Create the model again to adopt it differently.')
+        if isinstance(module, squeeze_layers.SEPoolModule):
+            raise ValueError(f'{where}, which has local averages already. Adopt an SE network, for example seresnet50.')
 
 
-def adopt(model: nn.Module, squeeze: str = 'rgse', input_size: Optional[Tuple[int, int, int]] = None) -> nn.Module:
-    """Replace the squeeze of every SE block of a timm model in place, and return the model.
+def _grid(height: int, width: int) -> int:
+    """Cells per side of RGSE: one per 7x7 window. A map that is not square gets the grid of the square of its area."""
+    return max(1, round((height * width) ** 0.5 / 7))
 
-    Modules keep their layers, hooks, parameter names and values, so the model computes exactly what it did. The new
+
+def _new_squeezes(model: nn.Module, attention: str, input_size: Tuple[int, int, int]) -> Dict[Any, nn.Module]:
+    """The new squeeze of each SE module of a model, none if it has no SE module. Raises as `adopt`."""
+    weights = _se_modules(model)
+    if not weights or attention == 'spse':
+        return {m: SPSqueeze(w.shape[1], w.device, w.dtype) for m, w in weights.values()}
+    if attention != 'rgse':
+        raise ValueError(
+            f'{type(model).__name__} has SE blocks, and {attention!r} would be a second attention beside them. Choose '
+            "'rgse' or 'spse', which add local averages to the SE blocks, or pass modules, the names of the modules "
+            'whose output the new attention scales.')
+    calls = attention_places.record_calls(model, {path: m for path, (m, _) in weights.items()}, input_size)
+    grids = {path: _grid(*runs[-1][-1].shape[-2:]) for path, runs in calls.items()}
+    if max(grids.values()) == 1:
+        raise ValueError(
+            f'No SE block of {type(model).__name__} has a map larger than 10 x 10 at input_size={tuple(input_size)}, '
+            "so every grid would be 1 x 1. Use 'spse' or a larger input_size.")
+    return {
+        m: RGSqueeze(w.shape[1], grids[path], w.device, w.dtype)
+        for path, (m, w) in weights.items() if grids[path] > 1}
+
+
+def _new_block(attention: str, channels: int, grid: int, norm: bool, **dd) -> nn.Module:
+    """An attention block whose gates are 1: the layers before them are zero."""
+    block: Any
+    if attention not in ('spse', 'rgse'):
+        block = get_attn(attention)(channels, gate_layer=UnitGate, **dd)
+    elif not norm:
+        block = SEModule(channels, gate_layer=UnitGate, **dd)
+        if attention == 'spse' or grid > 1:
+            block.squeeze = SPSqueeze(channels, **dd) if attention == 'spse' else RGSqueeze(channels, grid, **dd)
+            block.__class__ = AdoptedSEModule
+    elif attention == 'spse':
+        block = squeeze_layers.SPSEModule(channels, gate_layer=UnitGate, **dd)
+    else:
+        block = squeeze_layers.RGSEModule(channels, grid, gate_layer=UnitGate, **dd)
+    layers = {'eca': ['conv'], 'cbam': ['channel.fc2', 'spatial.conv.bn'], 'coord': ['conv_h', 'conv_w']}
+    for name in layers.get(attention, ['fc2']):
+        for param in block.get_submodule(name).parameters():
+            nn.init.zeros_(param)
+    return block
+
+
+def _new_blocks(
+        model: nn.Module,
+        attention: str,
+        input_size: Tuple[int, int, int],
+        modules: Union[None, str, Sequence[str]],
+        norm: bool,
+) -> Dict[Any, nn.Module]:
+    """The new attention block of each place of a model. Raises as `adopt`."""
+    places = attention_places.find_places(model, modules)
+    if not places:
+        kinds = tuple(map(get_attn, ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat', 'coord')))
+        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, kinds)})
+        raise ValueError(
+            f"{type(model).__name__} has no SE block and no empty place for one{', only ' if others else ''}"
+            f"{', '.join(others)}. Pass modules, the names of the modules whose output the attention scales, for "
+            "example modules=['stages.*'], or choose another model, for example seresnet50 or resnet50.")
+    shapes = attention_places.map_shapes(model, places, input_size)
+    grids = [_grid(*shape[2:]) for shape in shapes]
+    if attention == 'rgse' and max(grids) == 1:
+        raise ValueError(
+            f'No map of {type(model).__name__} is larger than 10 x 10 at input_size={tuple(input_size)}, so every grid '
+            "would be 1 x 1, which is SE. Use 'se', 'spse' or a larger input_size.")
+    blocks: Dict[Any, nn.Module] = {}
+    for place, shape, grid in zip(places, shapes, grids):
+        # a ReLU has no parameters to take device and dtype from
+        near = next(p for m in (place.module, model) for p in m.parameters() if p.is_floating_point())
+        blocks[place] = _new_block(attention, shape[1], grid, norm, device=near.device, dtype=near.dtype)
+    return blocks
+
+
+def adopt(
+        model: nn.Module,
+        attention: Optional[str] = None,
+        input_size: Optional[Tuple[int, int, int]] = None,
+        modules: Union[None, str, Sequence[str]] = None,
+        norm: Optional[bool] = None,
+        squeeze: Optional[str] = None,
+) -> nn.Module:
+    """Give a timm model attention that changes nothing at the start, in place, and return the model.
+
+    With SE blocks: replace their squeezes. Modules keep their layers, hooks, parameter names and values. The new
     parameters, `<module>.squeeze.weight*`, start at 0 and get gradients at the first step. A block whose RGSE grid has
-    one cell stays as it is. Adopt before optimizer, EMA, LoRA, torch.compile and DDP; for the Hub see `adopted`.
+    one cell stays as it is.
+
+    Without SE blocks, or where modules are named: insert attention blocks, see `places`. Their last layers start at 0
+    and get gradients at the first step, their other layers at the second.
+
+    Adopt before optimizer, EMA, LoRA, torch.compile and DDP; for the Hub see `adopted`.
 
     Args:
-        model: Model, or feature extractor, with `SEModule` of `timm.layers` or of timm's SENets, or `SqueezeExcite` of
-            timm's EfficientNets. It can be on any device, meta included, and of any float dtype.
-        squeeze: 'rgse', one cell per 7x7 window of the block's map at input_size, or 'spse', 1x1 + 2x2 + 4x4 cells.
+        model: Model, or feature extractor, of timm. It can be on any device, meta included, and of any float dtype. It
+            is run once on the meta device, hooks included, unless 'spse' is added to SE blocks.
+        attention: 'rgse', one cell per 7x7 window of the block's map at input_size (the default), or 'spse', 1x1 + 2x2
+            + 4x4 cells; only without SE blocks also 'se', 'eca', 'cbam' or 'coord', the modules of `timm.layers`.
         input_size: Input (C, H, W) in px that the grids are made for, by default that of the model's pretrained_cfg.
-            The adopted model still takes every size. 'rgse' runs the model once on the meta device, hooks included.
+            The adopted model still takes every size.
+        modules: Names of modules, or globs (`*` stands for one part of a name), whose output (B, C, H, W) is scaled by
+            a new attention block, instead of the places that timm or the SENet paper gives.
+        norm: For inserted 'rgse' and 'spse': whether the squeeze has the paper's batch norm and ReLU, which need more
+            than one image per device in training, or is linear as in SE networks.
+        squeeze: Earlier name of attention.
 
     Raises:
-        ValueError: If the squeeze is unknown or the model cannot be adopted. The model is unchanged then.
+        ValueError: If an argument is wrong or the model cannot be adopted. The model is unchanged then.
     """
-    if squeeze not in ('rgse', 'spse'):
-        raise ValueError(f"Unknown squeeze {squeeze!r}. Choose 'rgse' or 'spse'.")
-    weights = _se_modules(model)
+    if attention and squeeze:
+        raise ValueError('Pass attention or its earlier name squeeze, not both.')
+    attention = attention or squeeze or 'rgse'
+    if attention not in ATTENTIONS:
+        raise ValueError(f'Unknown attention {attention!r}. Choose one of {", ".join(ATTENTIONS)}.')
+    _refuse_if_adopted(model)
     cfg: Any = getattr(model, 'pretrained_cfg', None)
     cfg = cfg if isinstance(cfg, dict) else {}
     if input_size is None:
         chans, *size = cfg.get('input_size', models.PretrainedCfg.input_size)
         input_size = (getattr(model, 'in_chans', chans), *size)
-    if squeeze == 'spse':
-        squeezes: Dict[Any, nn.Module] = {m: SPSqueeze(w.shape[1], w.device, w.dtype) for m, w in weights.items()}
-    else:
-        # a map that is not square gets the grid of the square with its area
-        sizes = _map_sizes(model, weights, input_size)
-        grids = {module: max(1, round((height * width) ** 0.5 / 7)) for module, (height, width) in sizes.items()}
-        squeezes = {m: RGSqueeze(w.shape[1], grids[m], w.device, w.dtype) for m, w in weights.items() if grids[m] > 1}
-        if not squeezes:
-            raise ValueError(
-                f'No SE block of {type(model).__name__} has a map larger than 10 x 10 at input_size='
-                f"{tuple(input_size)}, so every grid would be 1 x 1. Use squeeze='spse' or a larger input_size.")
+    squeezes = {} if modules is not None else _new_squeezes(model, attention, input_size)
+    if norm is not None and (squeezes or attention not in ('rgse', 'spse')):
+        raise ValueError(
+            "norm is an option of inserted 'rgse' and 'spse' blocks. Leave it out for other blocks and for models with SE "
+            'blocks, whose output a norm would change.')
+    blocks = {} if squeezes else _new_blocks(model, attention, input_size, modules, NORM if norm is None else norm)
 
     # nothing fails from here on, so that no model is left half adopted
     for module, local_squeeze in squeezes.items():
         module.squeeze = local_squeeze.train(module.training)
         module.__class__ = _ADOPTED[type(module)]
+    for place, block in blocks.items():
+        attention_places.attach(place, block.train(place.module.training))
     if cfg:
-        # a saved model that loads under the name of its base would lose its squeezes
+        # a saved model that loads under the name of its base would lose its attention
         model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': 'adopted'}  # type: ignore[assignment]
     return model
 
 
-def _squeeze_keys(state_dict: Dict[str, Any]) -> List[str]:
-    return sorted(k for k in state_dict if '.squeeze.weight' in k)
+def _is_inserted(module: nn.Module) -> bool:
+    """Whether adopt made this attention block."""
+    kinds = (*map(get_attn, ('se', 'eca', 'cbam', 'coord')), squeeze_layers.SEPoolModule)
+    return isinstance(module, kinds) and any(isinstance(m, UnitGate) for m in module.modules())
+
+
+def _attention_keys(state_dict: Dict[str, Any], model: nn.Module) -> List[str]:
+    """Keys of a state dict that belong to the squeezes and blocks of an adopted model, or to others in their places."""
+    prefixes = tuple(f'{path}.' for path, module in model.named_modules() if _is_inserted(module))
+    return sorted(k for k in state_dict if '.squeeze.weight' in k or k.startswith(prefixes))
 
 
 def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Compare the squeezes: timm loads without strict where num_classes differs."""
-    theirs, ours = _squeeze_keys(state_dict), _squeeze_keys(model.state_dict())
+    """Compare the attention: timm loads without strict where num_classes differs."""
+    theirs, ours = _attention_keys(state_dict, model), _attention_keys(model.state_dict(), model)
     if theirs != ours:
         raise RuntimeError(
-            f'The checkpoint has {len(theirs)} squeeze weights ({", ".join(theirs[:1])}), this adopted model has '
-            f'{len(ours)} ({", ".join(ours[:1])}). Use the base, squeeze and input_size that it was trained with.')
+            f'The checkpoint has {len(theirs)} attention weights ({", ".join(theirs[:1])}), this adopted model has '
+            f'{len(ours)} ({", ".join(ours[:1])}). Use the base, attention, input_size, modules and norm that it was '
+            'trained with.')
     return state_dict
 
 
 def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
-    """Give a feature extractor, which may lack some SE blocks, the squeezes and all weights of an adopted model."""
+    """Give a feature extractor, which may lack some blocks, the attention and all weights of an adopted model."""
     def _name_in_extractor(name: str) -> str:
         # timm's extractors hold a model as `model` or join nested names by `_`
         return name.removeprefix('model.').replace('.', '_')
 
-    modules: Dict[str, Any] = {_name_in_extractor(name): module for name, module in model.named_modules()}
-    for name, module in list(features.named_modules()):
-        adopted_module = modules.get(_name_in_extractor(name))
-        if type(adopted_module) is _ADOPTED.get(type(module)):
-            module.squeeze = adopted_module.squeeze  # type: ignore[attr-defined]
-            module.__class__ = type(adopted_module)
+    targets: Dict[str, Any] = {_name_in_extractor(name): module for name, module in features.named_modules()}
+    for path, module in list(model.named_modules()):
+        target = targets.get(_name_in_extractor(path))
+        if target is not None and type(module) is _ADOPTED.get(type(target)):
+            target.squeeze, target.__class__ = module.squeeze, type(module)  # type: ignore[attr-defined]
+        elif _is_inserted(module):
+            parent, _, slot = path.rpartition('.')
+            if _name_in_extractor(parent) in targets:
+                place = attention_places.Place(parent, targets[_name_in_extractor(parent)], slot)
+                attention_places.attach(place if slot != 'attention' else place._replace(slot=None), module)
     weights = {_name_in_extractor(k): v for k, v in model.state_dict().items()}
     features.load_state_dict({k: weights[_name_in_extractor(k)] for k in features.state_dict()})
     return features
@@ -258,29 +346,35 @@ default_cfgs = models.generate_default_cfgs({'adopted': {}})  # weights and prep
 def adopted(
         pretrained: bool = False,
         base: Optional[str] = None,
-        squeeze: str = 'rgse',
+        attention: Optional[str] = None,
         input_size: Optional[Tuple[int, int, int]] = None,
+        modules: Union[None, str, Sequence[str]] = None,
+        norm: Optional[bool] = None,
+        squeeze: Optional[str] = None,
         pretrained_cfg: Optional[Union[str, Dict[str, Any], models.PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Optional[str] = None,
         **kwargs,
 ) -> nn.Module:
-    """Constructs an SE model of timm with RGSE or SPSE squeezes, see `adopt`.
+    """Constructs a model of timm with attention that changes nothing at the start, see `adopt`.
 
     Args:
         pretrained: Load the base's weights. Where the name is that of a saved adopted model (`hf-hub:`, `local-dir:`),
             or the file of pretrained_cfg_overlay is a checkpoint of one, load the adopted model's weights.
-        base: Name of the SE model, with or without tag, by default seresnet50. A saved model names its base.
-        squeeze: 'rgse' or 'spse'.
+        base: Name of the model, with or without tag, by default seresnet50. A saved model names its base.
+        attention: As of `adopt`.
         input_size: Input (C, H, W) in px that the grids are made for, by default the registered one of the base with
-            the model's in_chans. It is part of the architecture, as base and squeeze are.
+            the model's in_chans. It is part of the architecture, as base, attention, modules and norm are.
+        modules: As of `adopt`.
+        norm: As of `adopt`.
+        squeeze: Earlier name of attention.
         pretrained_cfg: Config of a saved adopted model.
         pretrained_cfg_overlay: Entries that replace those of the base's or the saved model's config.
         cache_dir: Directory for downloaded weights.
         **kwargs: Arguments of the base.
 
     Raises:
-        ValueError: If base is unknown, missing or cannot be adopted, or squeeze or feature_cls is not supported.
+        ValueError: If base is unknown, missing or cannot be adopted, or an argument or feature_cls is not supported.
         RuntimeError: If the weights are those of another model.
     """
     cfg = models.resolve_pretrained_cfg('adopted', pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
@@ -289,13 +383,12 @@ def adopted(
         base = 'seresnet50'  # so that loops over all models of timm can create this one
     if not base or not models.is_model(models.get_arch_name(base)):
         raise ValueError(
-            f"The model 'adopted' needs an SE model of timm as base, got {base!r}. Pass base='regnety_032'; in timm's "
-            "scripts, --model-kwargs base=regnety_032 squeeze=rgse.")
+            f"The model 'adopted' needs a model of timm as base, got {base!r}. Pass base='regnety_032'; in timm's "
+            "scripts, --model-kwargs base=regnety_032 attention=rgse.")
     if not saved:
         changes = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
         changes.pop('architecture', None)
         cfg = models.resolve_pretrained_cfg(base, None, {**changes, **(pretrained_cfg_overlay or {})})
-        saved = bool(pretrained and cfg.file and _squeeze_keys(models.load_state_dict(cfg.file)))
     if input_size is None:
         # not the size of a saved config: that is the training run's, and would change the grids
         input_size = (models.get_pretrained_cfg(base) or models.PretrainedCfg()).input_size
@@ -308,8 +401,16 @@ def adopted(
         raise ValueError(f"Adopted models do not support feature_cls={kwargs['feature_cls']!r}. Use 'getter'.")
     feature_names = ('features_only', 'out_indices', 'feature_cls') if kwargs.get('features_only', False) else ()
     feature_args = {k: kwargs.pop(k) for k in feature_names if k in kwargs}
-    model: Any = models.create_model(base, pretrained and not saved, **kwargs)
-    adopt(model, squeeze, (in_chans, *input_size[1:]))
+
+    def _create(pretrained: bool) -> nn.Module:
+        model = models.create_model(base, pretrained, **kwargs)
+        return adopt(model, attention, (in_chans, *input_size[1:]), modules, norm, squeeze)
+
+    maybe_saved = bool(pretrained and cfg.file)  # the file can be the base's or the adopted model's
+    model: Any = _create(pretrained and not saved and not maybe_saved)
+    if maybe_saved and not saved:
+        saved = bool(_attention_keys(models.load_state_dict(str(cfg.file)), model))
+        model = model if saved else _create(True)
     if pretrained and saved:
         models.load_pretrained(
             model, cfg.to_dict(), num_classes=model.num_classes, in_chans=in_chans, filter_fn=_checkpoint_filter_fn,
