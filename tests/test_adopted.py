@@ -1,13 +1,15 @@
-""" adopt and the registered model `adopted`: with --full over all of timm's SE networks, by default over a few """
+""" adopt and the registered model `adopted`: with --full over all networks of timm, by default over a few """
 import copy
 import math
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Tuple
 
 import pytest
 import torch
+from test_export import onnx
 from torch import nn
 
 import timm
@@ -18,6 +20,7 @@ from timm.models import save_for_hf
 from timm.models.senet import SEModule as SENetSEModule
 from timm_sepool import adopt
 from timm_sepool._private import SqueezeExcite
+from timm_sepool.adopted import ATTENTIONS, UnitGate
 
 SHALLOW = dict(layers=(1, 1, 1, 1))
 SMALLER = {'legacy_seresnet18': SHALLOW, 'repvit_m1': dict(depth=(2, 2, 2, 2)), 'rexnet_100': dict(width_mult=0.25),
@@ -28,6 +31,18 @@ FAMILIES = {name: SMALLER.get(name, {}) for name in (
     *SMALLER, 'efficientvim_m1', 'efficientvit_m0', 'fastvit_t8', 'ghostnet_050', 'haloregnetz_b', 'hardcorenas_b',
     'lcnetv2_small', 'mobilenetv3_small_050', 'regnety_002', 'repghostnet_050', 'sedarknet21', 'shvit_s1',
     'test_byobnet', 'test_efficientnet', 'test_nfnet') if timm.is_model(name)}
+# The same for files without SE: attention, its arguments, and those of the network. Names only: named modules.
+INSERTED: Dict[str, Tuple[str, Dict[str, Any], Dict[str, Any]]] = {
+    'resnet18': ('cbam', {}, SHALLOW), 'resnet50': ('spse', dict(norm=True), SHALLOW),
+    'res2net50_26w_4s': ('coord', {}, SHALLOW), 'hrnet_w18_small': ('eca', {}, {}), 'skresnet18': ('se', {}, SHALLOW),
+    'regnetx_002': ('rgse', {}, {}), 'mobilenetv2_035': ('coord', {}, {}), 'mobilenetv4_conv_small': ('cbam', {}, {}),
+    'efficientnet_lite0': ('spse', {}, {}), 'vovnet39a': ('rgse', dict(norm=True), {}), 'darknet17': ('se', {}, {}),
+    'cspresnet50': ('cbam', {}, {}), 'repvgg_a0': ('eca', {}, {}), 'nf_resnet26': ('cbam', {}, {}),
+    'vgg11': ('coord', {}, {}), 'vgg11_bn': ('spse', dict(norm=True), {}), 'inception_v3': ('cbam', {}, {}),
+    'inception_v4': ('rgse', {}, {}), 'inception_resnet_v2': ('spse', {}, {}),
+    'densenet121': ('cbam', dict(modules=['features.denseblock*']), {}),
+    'convnext_atto': ('coord', dict(modules='stages.*'), {}),
+    'xception41': ('rgse', dict(modules=['blocks.*']), {}), 'resnetv2_50': ('se', dict(modules=['stages.*']), {})}
 # efficientvit of older timm and haloregnetz take one size, tresnet multiples of 4, the others are built for a size
 SIZES = {'efficientvit_m0': ((224, 224),), 'haloregnetz_b': ((224, 224),), 'tresnet_m': ((64, 64), (68, 100)),
          'gcvit_xxtiny': ((96, 96),), 'test_maxvit': ((96, 96),)}
@@ -45,18 +60,30 @@ def squeeze_weights(model: nn.Module) -> Dict[str, nn.Parameter]:
     return {name: param for name, param in model.named_parameters() if '.squeeze.weight' in name}
 
 
+def blocks(model: nn.Module) -> Dict[str, nn.Module]:
+    """The inserted attention blocks: the outermost modules around gates that can be 1."""
+    gates = [path.rpartition('.')[0] for path, module in model.named_modules() if isinstance(module, UnitGate)]
+    return {p: model.get_submodule(p) for p in dict.fromkeys(re.sub(r'\.(channel|spatial)$', '', g) for g in gates)}
+
+
+def new_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
+    prefixes = tuple(f'{path}.' for path in blocks(model))
+    return {k: p for k, p in model.named_parameters() if '.squeeze.weight' in k or k.startswith(prefixes)}
+
+
 def fill(model: nn.Module) -> nn.Module:
-    """Nothing at its trivial value, so that every SE block matters to the output (timm zeroes the last norms)."""
+    """Nothing at its trivial value, so that every block matters to the output (timm zeroes the last norms)."""
+    new = new_parameters(model)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if '.squeeze.' not in name and (param.ndim < 2 or param.abs().max() <= 1e-4):
+            if name not in new and (param.ndim < 2 or param.abs().max() <= 1e-4):
                 param.uniform_(0.3, 0.9)
     return model
 
 
 def learned(model: nn.Module, std: float = 0.3) -> nn.Module:
-    """An adopted model whose squeezes have left their start."""
-    assert [nn.init.normal_(param, std=std) for param in squeeze_weights(model).values()]
+    """An adopted model whose squeezes and last layers have left their start, zero."""
+    assert [nn.init.normal_(param, std=std) for param in new_parameters(model).values() if not param.any()]
     return model
 
 
@@ -64,55 +91,123 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * max(1., expected.abs().max().item()))
 
 
+def shapes_at(model: nn.Module, modules: Dict[str, nn.Module], input_size: Tuple[int, ...]) -> Dict[str, Tuple]:
+    """Shapes (C, H, W) of the outputs of some modules."""
+    maps: Dict[str, Tuple] = {}
+    hooks = [module.register_forward_hook(lambda m, args, out, path=path: maps.update({path: tuple(out.shape[1:])}))
+             for path, module in modules.items()]
+    with torch.no_grad():
+        model.eval()(torch.empty(1, *input_size, device='meta'))
+    assert [hook.remove() for hook in hooks] and maps.keys() == modules.keys()
+    return maps
+
+
+def grid(height: int) -> int:
+    return next(g for g in range(1, 99) if height < 7 * g + 3.5)
+
+
+def se_shapes(path: str, channels: int) -> Dict[str, Tuple[int, ...]]:
+    """Of timm's SE module with a ratio of 1/16 and a divisor of 8."""
+    hidden = max(8, int(channels / 16 + 4) // 8 * 8)
+    return {f'{path}.fc1.weight': (hidden, channels, 1, 1), f'{path}.fc1.bias': (hidden,),
+            f'{path}.fc2.weight': (channels, hidden, 1, 1), f'{path}.fc2.bias': (channels,)}
+
+
+NO_PLACE = 'has no SE block and no empty place for one|Cannot run'
+REFUSED = 'Name |has no module named|does not run|Cannot run'
+
+
 def test_architectures() -> None:
-    """Replacement, grids and parameters by formula, on the meta device."""
-    counts = {}
-    for name in set(timm.list_models() if FULL else [*ADDED, 'test_maxvit']) - {*NAMES, 'adopted'}:
+    """What becomes of each network, and its new names and shapes by formula, on the meta device."""
+    kinds: Dict[str, Dict[str, int]] = {kind: {} for kind in ('SE', 'inserted', 'named', 'refused')}
+    for name in set(timm.list_models() if FULL else [*ADDED, *COUNTED]) - {*NAMES, 'adopted'}:
         try:
             original = build(name)
         except NotImplementedError:  # older timm computes the widths of RegNets by tensors
             original = timm.create_model(name).to('meta')
-        if not se_modules(original):
-            pytest.raises(ValueError, adopt, original).match('has no SE block')
+        size = original.pretrained_cfg['input_size']
+        before = {k: tuple(v.shape) for k, v in original.state_dict().items()}
+        if se_modules(original):
+            run = copy.deepcopy(original)
+            maps = shapes_at(run, se_modules(run), size)
+            kinds['SE'][name] = len(maps)
+            rgse = {f'{k}.squeeze.weight': (c, 1, grid(h), grid(h)) for k, (c, h, _) in maps.items() if grid(h) > 1}
+            spse = {f'{k}.squeeze.weight{g}': (maps[k][0], 1, g, g) for k in maps for g in (1, 2, 4)}
+            for attention, expected in (('rgse', rgse), ('spse', spse)):
+                model = copy.deepcopy(original)
+                if expected:
+                    assert adopt(model, attention) is model and all(p.is_meta for p in model.parameters())
+                    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {**before, **expected}, name
+                else:
+                    pytest.raises(ValueError, adopt, model, attention).match('every grid would be 1 x 1')
+            if name in ADDED:
+                assert tuple(sum(map(math.prod, added.values())) for added in (rgse, spse)) == ADDED[name][:2]
+                assert sum(p.numel() for p in original.parameters()) == pytest.approx(ADDED[name][2], rel=0.005)
             continue
-        run, maps = copy.deepcopy(original).eval(), {}
-        for path, module in se_modules(run).items():
-            module.register_forward_hook(lambda m, args, out, path=path: maps.update({path: tuple(out.shape[1:])}))
-        with torch.no_grad():
-            run(torch.empty(1, *original.pretrained_cfg['input_size'], device='meta'))
-        counts[name] = len(maps)
-        grids = {k: next(g for g in range(1, 99) if height < 7 * g + 3.5) for k, (_, height, _) in maps.items()}
-        rgse = {f'{k}.squeeze.weight': (maps[k][0], 1, g, g) for k, g in grids.items() if g > 1}
-        spse = {f'{k}.squeeze.weight{g}': (maps[k][0], 1, g, g) for k in maps for g in (1, 2, 4)}
-        shapes = {k: tuple(v.shape) for k, v in original.state_dict().items()}
-        for squeeze, expected in (('rgse', rgse), ('spse', spse)):
+        info = getattr(original, 'feature_info', [])
+        stages = [stage['module'] for stage in getattr(info, 'info', info) if stage.get('module')]
+        for modules in (None, *reversed(stages)):
             model = copy.deepcopy(original)
-            if expected:
-                assert adopt(model, squeeze) is model and all(p.is_meta for p in model.parameters())
-                assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {**shapes, **expected}, name
+            try:
+                adopt(model, 'spse', modules=modules, norm=False)
+            except ValueError as e:
+                assert re.search(REFUSED if modules else NO_PLACE, str(e)), f'{name}: {e}'
             else:
-                pytest.raises(ValueError, adopt, model, squeeze).match('every grid would be 1 x 1')
-        if name in ADDED:
-            assert tuple(sum(map(math.prod, added.values())) for added in (rgse, spse)) == ADDED[name][:2]
-            assert sum(p.numel() for p in original.parameters()) == pytest.approx(ADDED[name][2], rel=0.005)
+                break
+        kind = 'refused' if not blocks(model) else 'named' if modules else 'inserted'
+        kinds[kind][name] = len(blocks(model))
+        expected = {}
+        for k, (c, _, _) in shapes_at(model, blocks(model), size).items() if kind != 'refused' else ():
+            expected.update({**se_shapes(k, c), **{f'{k}.squeeze.weight{g}': (c, 1, g, g) for g in (1, 2, 4)}})
+        assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {**before, **expected}, name
     if FULL:
-        assert counts.keys() >= FAMILIES.keys()
-        modules = [{timm.model_entrypoint(name).__module__ for name in names} for names in (counts, FAMILIES)]
-        assert modules[0] == modules[1]
-        if timm.__version__ == '1.0.31':  # as README and docs/adopt.md say
-            assert (len(counts), sum(counts.values())) == (334, 6811)
+        modules = [{timm.model_entrypoint(name).__module__ for name in names} for names in (kinds['SE'], FAMILIES)]
+        assert kinds['SE'].keys() >= FAMILIES.keys() and modules[0] == modules[1]
+        if timm.__version__ == '1.0.31':  # as docs/adopt.md says
+            assert {kind: (len(found), sum(found.values())) for kind, found in kinds.items()} == {}
+    else:
+        found = {name: (kind, n) for kind in kinds for name, n in kinds[kind].items()}
+        assert {name: found[name] for name in COUNTED} == COUNTED
 
 
-@pytest.mark.parametrize('name', [name for name in FAMILIES if FULL or name in (
-    'legacy_seresnet18', 'regnety_002', 'test_efficientnet', 'test_maxvit')])
+COUNTED = {'resnet18': ('inserted', 8), 'vgg16_bn': ('inserted', 13), 'inception_v3': ('inserted', 11),
+           'inception_v4': ('inserted', 14), 'inception_resnet_v2': ('inserted', 40), 'densenet121': ('named', 5),
+           'vit_tiny_patch16_224': ('refused', 0), 'swin_tiny_patch4_window7_224': ('refused', 0),
+           'test_maxvit': ('SE', 4)}
+
+
+@pytest.mark.parametrize('plain, sibling', [
+    ('resnet18', 'seresnet18'), ('resnext50_32x4d', 'seresnext50_32x4d'), ('resnet33ts', 'seresnet33ts'),
+    ('darknet21', 'sedarknet21'), ('nf_resnet50', 'nf_seresnet50'), ('efficientnet_lite0', 'efficientnet_b0'),
+    ('vovnet39a', 'ese_vovnet39b'), ('resnet50', 'cbam')])
+def test_places_are_those_of_the_sibling(plain: str, sibling: str) -> None:
+    """The blocks have the names that timm's own network with attention has, for ResNets with all their shapes."""
+    if sibling == 'cbam':
+        expected = build(plain, sibling)
+        assert adopt(build(plain), sibling).state_dict().keys() == expected.state_dict().keys()
+    else:
+        names = {path for path, module in build(sibling).named_modules()
+                 if path.endswith(('.se', '.attn', '.attn_last')) and not isinstance(module, nn.Identity)}
+        assert blocks(adopt(build(plain), 'eca')).keys() == names != set()
+    if plain == 'resnet18':
+        theirs, ours = (m.state_dict() for m in (build(sibling), adopt(build(plain), 'se')))
+        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+LAST_LAYERS = dict(se='fc2', spse='fc2', rgse='fc2', eca='conv', cbam='fc2|conv.bn', coord='conv_[hw]')
+
+
+@pytest.mark.parametrize('name', [name for name in (*FAMILIES, *INSERTED) if FULL or name in (
+    'legacy_seresnet18', 'regnety_002', 'test_efficientnet', 'resnet18', 'resnet50', 'nf_resnet26', 'convnext_atto')])
 def test_families(name: str) -> None:
-    """The same logits in eval and train mode at every size, then all squeezes have gradients."""
-    sizes = SIZES.get(name, ((64, 64), (65, 97)))
+    """The same logits in eval and train mode at every size. The last layers have gradients, all have a step later."""
+    attention, options, args = INSERTED.get(name, ('rgse', {}, FAMILIES.get(name, {})))
+    sizes = SIZES.get(name, ((64, 64), (65, 97)) if name in FAMILIES else ((96, 96), (97, 131)))
     inputs = [images(2, *size) for size in sizes]
-    model = fill(timm.create_model(name, num_classes=10, **FAMILIES[name]))
+    model = fill(timm.create_model(name, num_classes=10, **args))
     original = copy.deepcopy(model)
     try:
-        adopt(model, 'rgse', (3, *sizes[0]) if 'img_size' in FAMILIES[name] else None)
+        adopt(model, attention, (3, *sizes[0]) if 'img_size' in args else None, **options)
     except ValueError as e:
         assert 'every grid would be 1 x 1' in str(e)
         adopt(model, 'spse')
@@ -122,15 +217,24 @@ def test_families(name: str) -> None:
         out = model.train(training)(x)
         return out if torch.is_tensor(out) else torch.stack(out)  # heads with a distillation token
 
+    def gradients() -> Dict[str, bool]:
+        new = new_parameters(model)
+        grads = torch.autograd.grad(logits(inputs[-1]).log_softmax(-1)[..., 0].sum(), list(new.values()))
+        assert all(grad.isfinite().all() for grad in grads)
+        with torch.no_grad():
+            for param, grad in zip(new.values(), grads):
+                param.sub_(0.1 * grad / grad.abs().max().clamp(min=1e-30))
+        return {k: bool(grad.any()) for k, grad in zip(new, grads)}
+
     with torch.no_grad():
         expected, got = (
             [logits(x, training, m) for x in inputs for training in (False, True)] for m in (original, model))
     assert all(map(torch.equal, got, expected)) and all(x.isfinite().all() for x in got)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in original.state_dict().items())  # statistics of norms
-    weights = squeeze_weights(model)
-    assert weights and not any(w.any() for w in weights.values())
-    grads = torch.autograd.grad(logits(inputs[-1]).log_softmax(-1)[..., 0].sum(), list(weights.values()))
-    assert all(grad.isfinite().all() and grad.any() for grad in grads)
+    first, second = gradients(), gradients()
+    last = re.compile(LAST_LAYERS[attention] if blocks(model) else 'squeeze')
+    assert any(map(last.search, first)) and all(second.values())
+    assert first == {k: bool(last.search(k)) for k in first}
 
 
 def three_classes() -> nn.Sequential:
@@ -179,14 +283,24 @@ def test_leaves_the_rest_alone() -> None:
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.float32])
-def test_dtypes(dtype: torch.dtype) -> None:
-    model = fill(timm.create_model('seresnet50', num_classes=10, **TINY)).to(dtype).eval()
-    x = images(2, 97, 131, dtype=dtype)
-    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.float32):
-        expected = model(x)
-        assert {p.dtype for p in adopt(model).parameters()} == {dtype}
-        assert torch.equal(model(x), expected)
-        assert learned(model)(x).dtype == expected.dtype and not torch.equal(model(x), expected)
+@pytest.mark.parametrize('attention', ['seresnet50', *ATTENTIONS, 'spse norm', 'rgse norm'])
+def test_dtypes(attention: str, dtype: torch.dtype) -> None:
+    """Also under autocast, and for subnormal maps; with the dtype of the base."""
+    name = 'resnet50' if attention[:4] in ATTENTIONS or attention in ATTENTIONS else attention
+    options: Dict[str, Any] = {} if name == attention else dict(attention=attention.split()[0])
+    if 'norm' in attention:
+        options['norm'] = True
+    model = fill(timm.create_model(name, num_classes=10, **TINY)).to(dtype)
+    new, x = adopt(copy.deepcopy(model), **options), images(2, 97, 131, dtype=dtype)
+    assert {p.dtype for p in new.parameters()} == {dtype}
+    autocast = partial(torch.autocast, 'cpu', torch.bfloat16, enabled=dtype == torch.float32)
+    with torch.no_grad(), autocast():
+        for training, scale in ((True, 1), (False, torch.finfo(dtype).tiny), (False, 1)):
+            expected, got = model.train(training)(scale * x), new.train(training)(scale * x)
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+    with torch.no_grad(), autocast():  # the one before keeps the old weights
+        got = learned(new)(x)
+    assert got.dtype == expected.dtype and not torch.equal(got, expected)
 
 
 def test_adopted_is_adopt() -> None:
@@ -232,14 +346,19 @@ def test_pretrained_base(hub: HubServer, tmp_path: Path) -> None:
     assert_equal(create(pretrained_cfg_overlay=overlay, pretrained_strict=False).state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize('where, args, other, counts', [
-    ('hf-hub', dict(squeeze='spse', input_size=[3, 160, 160]), 'rgse', 'has 12 squeeze weights .* has 2'),
-    ('local-dir', dict(squeeze='rgse'), 'spse', 'has 3 squeeze weights .* has 12')])
-def test_saved_model(where: str, args: Dict[str, Any], other: str, counts: str, hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize('where, base, args, other, counts', [
+    ('hf-hub', 'seresnet50', dict(squeeze='spse', input_size=[3, 160, 160]), dict(squeeze='rgse'), '12 .* has 2'),
+    ('local-dir', 'seresnet50', dict(attention='rgse'), dict(attention='spse'), '3 .* has 12'),
+    ('local-dir', 'resnet50', dict(attention='cbam'), dict(attention='se'), '32 .* has 16'),
+    ('hf-hub', 'resnet50', dict(attention='spse', norm=True), dict(norm=False), '60 .* has 28'),
+    ('local-dir', 'resnet50', dict(attention='se', modules=['act1', 'layer*']), dict(modules='layer2'), '20 .* has 4')])
+def test_saved_model(
+        where: str, base: str, args: Dict[str, Any], other: Dict[str, Any], counts: str, hub: HubServer, tmp_path: Path,
+) -> None:
     """save_for_hf, and what then loads by name: weights, config, other classes and channels, features."""
-    save_for_hf(adopt(timm.create_model('seresnet50', **TINY), **args), tmp_path / 'in_place', safe_serialization=True)
+    save_for_hf(adopt(timm.create_model(base, **TINY), **args), tmp_path / 'in_place', safe_serialization=True)
     pytest.raises(ValueError, timm.create_model, f'local-dir:{tmp_path}/in_place').match('as base, got None')
-    args = dict(base='seresnet50', **args, **TINY)
+    args = dict(base=base, **args, **TINY)
     cfg = dict(input_size=(3, 96, 96), crop_pct=0.875)  # of a training run at another size, which changes no grid
     model = timm.create_model('adopted', num_classes=10, pretrained_cfg_overlay=cfg, **args)
     learned(fill(model)).eval()
@@ -247,29 +366,32 @@ def test_saved_model(where: str, args: Dict[str, Any], other: str, counts: str, 
     torch.save(model.state_dict(), file)
     create = partial(timm.create_model, 'adopted', num_classes=10)
     assert_equal(create(checkpoint_path=file, **args).state_dict(), model.state_dict())
-    with pytest.raises(RuntimeError, match=f'{counts} .* Use the base, squeeze and input_size'):
+    with pytest.raises(RuntimeError, match=f'has {counts} .* Use the base, attention, input_size'):
         create(pretrained=True, **{  # where timm would not be strict
-            **args, 'squeeze': other, 'num_classes': 3, 'pretrained_cfg_overlay': dict(file=str(file))})
+            **args, **other, 'num_classes': 3, 'pretrained_cfg_overlay': dict(file=str(file))})
     # timm >= 1.0.31 saves the arguments by itself, older timm the given ones
     save_for_hf(model, folder, model_args=args, safe_serialization=True)
     assert not hasattr(timm.models, 'get_model_args') or timm.models.get_model_args(model).items() >= args.items()
     hub.add('user/adopted', {f.name: f.read_bytes() for f in folder.iterdir()})
     name = 'hf-hub:user/adopted' if where == 'hf-hub' else f'local-dir:{folder}'
     create = partial(timm.create_model, name, pretrained=True)
-    loaded, other = create().eval(), create(num_classes=3).eval()
+    loaded, three_classes = create().eval(), create(num_classes=3).eval()
     assert_equal(loaded.state_dict(), model.state_dict())
     data = timm.data.resolve_data_config(model=loaded)
     assert (tuple(data['input_size']), data['crop_pct']) == ((3, 96, 96), 0.875)
-    assert other(x).shape == (2, 3) and torch.equal(other.forward_features(x), model.forward_features(x))
+    assert three_classes(x).shape == (2, 3)
+    assert torch.equal(three_classes.forward_features(x), model.forward_features(x))
     assert_close(create(in_chans=1).eval()(x[:, :1]), model(x[:, :1].expand(-1, 3, -1, -1)))
     features = create(features_only=True, out_indices=(1, 3), feature_cls='getter').eval()(x)
     torch.testing.assert_close(list(features), model.forward_intermediates(x, [1, 3], intermediates_only=True))
 
 
-@pytest.mark.parametrize('base', ['regnety_002', 'test_efficientnet', 'fastvit_t8', 'ghostnet_050', 'test_byobnet'])
+@pytest.mark.parametrize('base', ['regnety_002', 'test_efficientnet', 'fastvit_t8', 'ghostnet_050', 'test_byobnet', *(
+    name for name in INSERTED if FULL or name in ('resnet18', 'densenet121'))])
 def test_features(base: str, tmp_path: Path) -> None:
     """Whatever way a base extracts features, they are those of the adopted weights."""
-    args = dict(base=base, squeeze='spse', num_classes=3, **FAMILIES[base])
+    attention, options, more = INSERTED.get(base, ('spse', {}, FAMILIES.get(base, {})))
+    args = dict(base=base, attention=attention, num_classes=3, **options, **more)
     model = learned(fill(timm.create_model('adopted', **args)), std=1.).eval()
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     overlay = dict(file=str(tmp_path / 'model.pth'))
@@ -281,37 +403,55 @@ def test_features(base: str, tmp_path: Path) -> None:
         module.register_forward_hook(lambda m, args, out: outputs.append(out))
     model(x)
     assert all(any(torch.is_tensor(out) and torch.equal(out, m) for out in outputs) for m in maps)
-    blocks = len(se_modules(features))
-    assert 3 * blocks == len(squeeze_weights(features)) and (base == 'fastvit_t8') == (blocks == 0)  # only in its head
+    new = new_parameters(features)
+    assert bool(new) == (base != 'fastvit_t8')  # only in its head
+    if base in FAMILIES:
+        assert len(new) == 3 * len(se_modules(features))
+
+
+def last_name(model: nn.Module) -> str:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
 FORMS: Dict[str, Callable[[nn.Module], Any]] = {
     'pickle': lambda model: pickle.loads(pickle.dumps(model)),
     'channels last': lambda model: copy.deepcopy(model).to(memory_format=torch.channels_last),
     'TorchScript': torch.jit.script,
-    'timm': lambda model: lambda x: timm.models.create_feature_extractor(model, ['6'])(x)['6'],
+    'timm': lambda model: lambda x: next(iter(
+        timm.models.create_feature_extractor(model, [last_name(model)])(x).values())),
     'compile': partial(torch.compile, fullgraph=True, backend='eager'),
     'export': lambda model: torch.export.export(
-        model, (images(2, 28, 28),), dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)).module(),
+        model, (images(2, 64, 64),), dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)).module(),
 }
 
 
-@pytest.mark.parametrize('squeeze', ['spse', pytest.param('rgse', marks=pytest.mark.full)])
-@pytest.mark.parametrize('form', FORMS)
-def test_forms(form: str, squeeze: str) -> None:
-    """All three classes compute the same in every form, at every size by one program; compiled, they learn the same."""
-    model = nn.Sequential(*three_classes(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    learned(adopt(model, squeeze, (3, 28, 28))).eval()
+def adopted_model(attention: str, kind: str) -> nn.Module:
+    """With SE modules of all classes, with attention in slots, or behind a layer of torch, of timm and a Sequential."""
+    if kind == 'SE':
+        model: nn.Module = nn.Sequential(*three_classes(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    else:
+        model = fill(timm.create_model('resnet18', num_classes=10, **TINY))
+    modules = ['conv1', 'layer1', 'layer2.0', 'layer3.0.act1'] if kind == 'outputs' else None
+    return learned(adopt(model, attention, (3, 28, 28) if kind == 'SE' else (3, 224, 224), modules)).eval()
+
+
+@pytest.mark.parametrize('attention, kind', [
+    ('spse', 'SE'), ('cbam', 'outputs'), *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        ('rgse', 'SE'), ('rgse', 'outputs'), *((attention, 'slots') for attention in ATTENTIONS)))])
+@pytest.mark.parametrize('form', [*FORMS, pytest.param('onnx', marks=pytest.mark.full)])
+def test_forms(form: str, attention: str, kind: str) -> None:
+    """The same in every form, at every size by one program; compiled, they learn the same."""
+    model = adopted_model(attention, kind)
     torch.compiler.reset()
-    converted = FORMS[form](model)
-    for x in (images(2, 28, 28), images(3, 27, 31)):
+    converted = {**FORMS, 'onnx': onnx}[form](model)
+    for x in (images(2, 64, 64), images(3, 67, 95)):
         x = x.to(memory_format=torch.channels_last if form == 'channels last' else torch.contiguous_format)
         with torch.no_grad():
             assert_close(converted(x), model(x))
     if form == 'compile':
         (loss, grads), (converted_loss, converted_grads) = (training_step(m, x) for m in (model.train(), converted))
         assert_close(converted_loss, loss)
-        for n in squeeze_weights(model):
+        for n in new_parameters(model):
             assert grads[n].any()
             assert_close(converted_grads[f'_orig_mod.{n}'], grads[n])
 
@@ -346,17 +486,47 @@ def build(name: str, attn: Any = None, **last_se) -> nn.Module:
     return model
 
 
+def unused(name: str) -> nn.Module:
+    model = build(name)
+    model.unused = nn.ReLU()
+    return model
+
+
+def shared(name: str) -> nn.Module:
+    model = build(name)
+    model.layer1[1] = model.layer1[0]
+    return model
+
+
 OtherSE, conv = type('OtherSE', (SEModule,), {}), partial(nn.Conv2d, 512, 32, 1, device='meta')
-SE, FC1 = 'seresnet18', r'layer4\.1\.se\.fc1 of ResNet is of class'
+SE, PLAIN, FC1 = 'seresnet18', 'resnet18', r'layer4\.1\.se\.fc1 of ResNet is of class'
 BAD: Dict[str, Tuple[Any, Dict[str, Any], str]] = {
-    'no SE': (partial(build, 'resnet18'), {}, 'ResNet has no SE block to adopt. .* for example seresnet50'),
-    **{attn: (partial(build, 'resnet26', attn), {}, f'has no SE block to adopt, only {cls}') for attn, cls in (
-        ('ese', 'EffectiveSEModule'), ('eca', 'EcaModule'), ('cbam', 'CbamModule'), ('gc', 'GlobalContext'))},
+    **{attn: (partial(build, 'resnet26', attn), {}, f'and no empty place for one, only {cls}. Pass modules')
+       for attn, cls in (('ese', 'EffectiveSEModule'), ('eca', 'EcaModule'), ('gc', 'GlobalContext'))},
+    'ViT': (partial(build, 'vit_tiny_patch16_224'), {}, 'VisionTransformer has no SE block and no empty place'),
+    'second attention': (partial(build, SE), dict(attention='cbam'), "has SE blocks, and 'cbam' would be a second"),
+    'two names': (partial(build, SE), dict(attention='spse', squeeze='spse'), 'not both'),
+    'norm of SE': (partial(build, SE), dict(attention='spse', norm=True), 'SE blocks .* stay without norm'),
+    'norm of CBAM': (partial(build, PLAIN), dict(attention='cbam', norm=True), 'Leave it out'),
+    'grid': (partial(build, PLAIN), dict(input_size=(3, 32, 32)), 'would be 1 x 1, which is SE'),
+    'inserted': (lambda: adopt(build(PLAIN), 'eca'), {}, r'layer1\.0\.se of ResNet .*EcaModule: it is adopted already'),
+    **{f'modules {pattern}': (partial(build, name), dict(attention='se', modules=[pattern]), message)
+       for pattern, name, message in (
+        ('layer9', PLAIN, "no module named 'layer9'. .* The first parts are conv1, bn1"),
+        ('global_pool', PLAIN, r'output of global_pool is no feature map \(B, C, H, W\): \(1, 512\)'),
+        ('bn1', PLAIN, 'of class BatchNorm2d, which a conversion to SyncBatchNorm replaces'),
+        ('blocks.0', 'vit_tiny_patch16_224', r'is no feature map .* \(1, 197, 192\)'),
+        ('layers.0', 'swin_tiny_patch4_window7_224', r'is no feature map .* \(1, 56, 56, 96\)'),
+        ('stages.0.blocks.0.mlp', 'convnext_tiny', r'no feature map .* \(1, 56, 56, 96\)'),
+        ('stage2', 'hrnet_w18_small', 'iterates over its children'),
+        ('features.denseblock1.denselayer1', 'densenet121', 'takes more than one tensor'))},
+    'not run, named': (partial(unused, PLAIN), dict(modules=['unused']), 'ResNet does not run unused'),
+    'run twice': (partial(shared, PLAIN), dict(attention='se'), r'ResNet runs layer1\.0\.se 2 times in a forward'),
     **{f'{name}_resnet50': (partial(build, f'{name}_resnet50'), {}, f'{name.upper()}Module, which has local averages '
                             'already. Adopt an SE network') for name in ('rgse', 'spse')},
-    'squeeze': (partial(build, SE), dict(squeeze='sp'), "Unknown squeeze 'sp'. Choose 'rgse' or 'spse'"),
+    'unknown': (partial(build, SE), dict(squeeze='sp'), "Unknown attention 'sp'. Choose one of se, spse, rgse"),
     'channels': (partial(build, SE), dict(input_size=(1, 224, 224)), 'Cannot run ResNet at .* Pass an input_size'),
-    'small': (partial(build, SE), dict(input_size=(3, 32, 32)), "every grid would be 1 x 1. Use squeeze='spse'"),
+    'small': (partial(build, SE), dict(input_size=(3, 32, 32)), "every grid would be 1 x 1. Use 'spse'"),
     'not run': (partial(build, SE, unused=SEModule(16)), {}, r'ResNet does not run layer4\.1\.se\.unused, so the size'),
     'subclass': (partial(build, 'resnet26', OtherSE), {}, r'layer1\.0\.se .* OtherSE and has a forward of its own'),
     'forward': (partial(build, SE, forward=abs), {}, r'layer4\.1\.se .* has a forward of its own'),
@@ -383,7 +553,7 @@ def test_bad_input(create: Callable, kwargs: Dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize('args, message', [
-    *((dict(base=base), f"needs an SE model of timm as base, got '{base}'. Pass base='regnety_032'")
+    *((dict(base=base), f"needs a model of timm as base, got '{base}'. Pass base='regnety_032'")
       for base in ('', 'seresnet999', 'hf-hub:timm/seresnet50')),
     (dict(base='adopted'), 'adopted already'),
     *((dict(features_only=True, feature_cls=cls), f"do not support feature_cls='{cls}'. Use 'getter'")

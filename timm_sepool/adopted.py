@@ -309,7 +309,10 @@ def _attention_keys(state_dict: Dict[str, Any], model: nn.Module) -> List[str]:
 
 def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Compare the attention: timm loads without strict where num_classes differs."""
-    theirs, ours = _attention_keys(state_dict, model), _attention_keys(model.state_dict(), model)
+    own = model.state_dict()
+    theirs, ours = _attention_keys(state_dict, model), _attention_keys(own, model)
+    elsewhere = [k for k in state_dict if k not in own and attention_places.SLOTS & set(k.split('.'))]
+    theirs = sorted({*theirs, *elsewhere})
     if theirs != ours:
         raise RuntimeError(
             f'The checkpoint has {len(theirs)} attention weights ({", ".join(theirs[:1])}), this adopted model has '
@@ -331,9 +334,10 @@ def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
             target.squeeze, target.__class__ = module.squeeze, type(module)  # type: ignore[attr-defined]
         elif _is_inserted(module):
             parent, _, slot = path.rpartition('.')
-            if _name_in_extractor(parent) in targets:
-                place = attention_places.Place(parent, targets[_name_in_extractor(parent)], slot)
-                attention_places.attach(place if slot != 'attention' else place._replace(slot=None), module)
+            target = targets.get(_name_in_extractor(parent))
+            if target is not None and (type(target) is not nn.Sequential or len(target)):  # else timm pruned it
+                place = attention_places.Place(parent, target, None if slot == 'attention' else slot)
+                attention_places.attach(place, module)
     weights = {_name_in_extractor(k): v for k, v in model.state_dict().items()}
     features.load_state_dict({k: weights[_name_in_extractor(k)] for k in features.state_dict()})
     return features

@@ -28,6 +28,7 @@ _SLOTS = {
     'timm.models.nfnet': ('attn_last', 'attn'),
     'timm.models.vovnet': ('attn',),
 }
+SLOTS = {'se', 'attention', *(slot for slots in _SLOTS.values() for slot in slots)}
 
 
 class Place(NamedTuple):
@@ -47,10 +48,11 @@ class Place(NamedTuple):
 
 def _empty_slots(model: nn.Module) -> Iterator[Place]:
     for path, module in model.named_modules():
-        names = next((_SLOTS[c.__module__] for c in type(module).__mro__ if c.__module__ in _SLOTS), ('se',))
-        slots = [name for name in names if hasattr(module, name)]
-        held = [getattr(module, name) for name in slots]
-        if slots and all(m is None or type(m) is nn.Identity for m in held):
+        file = next((c.__module__ for c in type(module).__mro__ if c.__module__ in _SLOTS), '')
+        slots = [name for name in _SLOTS.get(file, ('se',)) if hasattr(module, name)]
+        if file.endswith('vovnet') and module is not list(model.get_submodule(path.rpartition('.')[0]).children())[-1]:
+            continue  # its authors put attention into the last block of a stage
+        if slots and all(m is None or type(m) is nn.Identity for m in (getattr(module, name) for name in slots)):
             attn_last = signature(type(module)).parameters.get('attn_last')
             yield Place(path, module, slots[-1 if attn_last is not None and attn_last.default else 0])
 
