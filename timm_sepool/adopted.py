@@ -332,12 +332,18 @@ def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
         target = targets.get(_name_in_extractor(path))
         if target is not None and type(module) is _ADOPTED.get(type(target)):
             target.squeeze, target.__class__ = module.squeeze, type(module)  # type: ignore[attr-defined]
-        elif _is_inserted(module):
-            parent, _, slot = path.rpartition('.')
-            target = targets.get(_name_in_extractor(parent))
-            if target is not None and (type(target) is not nn.Sequential or len(target)):  # else timm pruned it
-                place = attention_places.Place(parent, target, None if slot == 'attention' else slot)
-                attention_places.attach(place, module)
+        if not _is_inserted(module):
+            continue
+        parent, _, slot = path.rpartition('.')
+        owner: Any = model.get_submodule(parent)
+        name = _name_in_extractor(parent)
+        holder = targets.get(name, nn.Identity())
+        is_pruned = isinstance(holder, nn.Sequential) and not len(holder)
+        if type(holder) is getattr(owner, 'base_class', type(owner)) and not is_pruned:
+            attention_places.attach(
+                attention_places.Place(parent, holder, None if slot == 'attention' else slot), module)
+        elif any(target.startswith(f'{name}_') for target in targets):
+            raise ValueError(f'features_only takes {parent} apart and would lose its attention. Name modules inside it.')
     weights = {_name_in_extractor(k): v for k, v in model.state_dict().items()}
     features.load_state_dict({k: weights[_name_in_extractor(k)] for k in features.state_dict()})
     return features
