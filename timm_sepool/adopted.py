@@ -343,7 +343,7 @@ def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
             attention_places.attach(
                 attention_places.Place(parent, holder, None if slot == 'attention' else slot), module)
         elif any(target.startswith(f'{name}_') for target in targets):
-            raise ValueError(f'features_only takes {parent} apart and would lose its attention. Name modules inside it.')
+            raise ValueError(f'features_only takes {parent} apart and would lose its attention. Name modules in it.')
     weights = {_name_in_extractor(k): v for k, v in model.state_dict().items()}
     features.load_state_dict({k: weights[_name_in_extractor(k)] for k in features.state_dict()})
     return features
