@@ -29,7 +29,8 @@ def test_readme_is_two_screens() -> None:
 @pytest.mark.parametrize('page', [page for page in PAGES if blocks(page, 'python')], ids=lambda page: page.name)
 def test_python_runs(hub: HubServer, tmp_path, monkeypatch, page: Path) -> None:
     """The Python of a page, in one namespace, with a picture of the reader's and donors of random weights."""
-    for donor in ('resnet50.a1_in1k', 'resnext101_32x4d.gluon_in1k', 'regnety_032.ra_in1k'):
+    for donor in ('resnet50.a1_in1k', 'resnext101_32x4d.gluon_in1k', 'regnety_032.ra_in1k', 'mobilenetv2_100.ra_in1k',
+                  'densenet121.ra_in1k', 'convnext_atto.d2_in1k'):
         if donor.split('.')[0].removesuffix('_32x4d') in page.read_text():
             serve_donor(hub, donor)
     monkeypatch.chdir(tmp_path)
