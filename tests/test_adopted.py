@@ -34,7 +34,7 @@ FAMILIES = {name: SMALLER.get(name, {}) for name in (
 # The same for files without SE: attention, its arguments, and those of the network. Names only: named modules.
 INSERTED: Dict[str, Tuple[str, Dict[str, Any], Dict[str, Any]]] = {
     'resnet18': ('cbam', {}, SHALLOW), 'resnet50': ('spse', dict(norm=True), SHALLOW),
-    'res2net50_26w_4s': ('coord', {}, SHALLOW), 'hrnet_w18_small': ('eca', {}, {}), 'skresnet18': ('se', {}, SHALLOW),
+    'res2net50_26w_4s': ('coord', {}, SHALLOW), 'hrnet_w18_small': ('eca', {}, {}),
     'regnetx_002': ('rgse', {}, {}), 'mobilenetv2_035': ('coord', {}, {}), 'mobilenetv4_conv_small': ('cbam', {}, {}),
     'efficientnet_lite0': ('spse', {}, {}), 'vovnet39a': ('rgse', dict(norm=True), {}), 'darknet17': ('se', {}, {}),
     'cspresnet50': ('cbam', {}, {}), 'repvgg_a0': ('eca', {}, {}), 'nf_resnet26': ('cbam', {}, {}),
@@ -113,7 +113,7 @@ def se_shapes(path: str, channels: int) -> Dict[str, Tuple[int, ...]]:
             f'{path}.fc2.weight': (channels, hidden, 1, 1), f'{path}.fc2.bias': (channels,)}
 
 
-NO_PLACE = 'has no SE block and no empty place for one|Cannot run'
+NO_PLACE = 'has no SE block and (no empty place for one|attention already)|Cannot run'
 REFUSED = 'Name |has no module named|does not run|Cannot run'
 
 
@@ -205,12 +205,13 @@ def test_families(name: str) -> None:
     sizes = SIZES.get(name, ((64, 64), (65, 97)) if name in FAMILIES else ((96, 96), (97, 131)))
     inputs = [images(2, *size) for size in sizes]
     model = fill(timm.create_model(name, num_classes=10, **args))
-    original = copy.deepcopy(model)
+    original, random_state = copy.deepcopy(model), torch.get_rng_state()
     try:
         adopt(model, attention, (3, *sizes[0]) if 'img_size' in args else None, **options)
     except ValueError as e:
         assert 'every grid would be 1 x 1' in str(e)
         adopt(model, 'spse')
+    assert torch.equal(torch.get_rng_state(), random_state)
 
     def logits(x: torch.Tensor, training: bool = True, model: nn.Module = model) -> torch.Tensor:
         torch.manual_seed(0)  # for dropout
@@ -349,9 +350,10 @@ def test_pretrained_base(hub: HubServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize('where, base, args, other, counts', [
     ('hf-hub', 'seresnet50', dict(squeeze='spse', input_size=[3, 160, 160]), dict(squeeze='rgse'), '12 .* has 2'),
     ('local-dir', 'seresnet50', dict(attention='rgse'), dict(attention='spse'), '3 .* has 12'),
-    ('local-dir', 'resnet50', dict(attention='cbam'), dict(attention='se'), '32 .* has 16'),
-    ('hf-hub', 'resnet50', dict(attention='spse', norm=True), dict(norm=False), '60 .* has 28'),
-    ('local-dir', 'resnet50', dict(attention='se', modules=['act1', 'layer*']), dict(modules='layer2'), '20 .* has 4')])
+    ('local-dir', 'resnet50', dict(attention='cbam'), dict(attention='se'), '40 .* has 20'),
+    ('hf-hub', 'resnet50', dict(attention='spse', norm=True), dict(norm=False), '64 .* has 32'),
+    ('local-dir', 'resnet50', dict(attention='se', modules=['act1', 'layer*']), dict(modules='layer2'), '25 .* has 5'),
+    ('hf-hub', 'resnet50', dict(attention='eca', modules='layer1'), dict(modules='layer2'), '2 .* has 2')])
 def test_saved_model(
         where: str, base: str, args: Dict[str, Any], other: Dict[str, Any], counts: str, hub: HubServer, tmp_path: Path,
 ) -> None:
@@ -486,9 +488,9 @@ def build(name: str, attn: Any = None, **last_se) -> nn.Module:
     return model
 
 
-def unused(name: str) -> nn.Module:
+def unused(name: str, cls: type = nn.ReLU) -> nn.Module:
     model = build(name)
-    model.unused = nn.ReLU()
+    model.unused = cls()
     return model
 
 
@@ -498,36 +500,46 @@ def shared(name: str) -> nn.Module:
     return model
 
 
+Static = type('Static', (nn.Module,), {'forward': staticmethod(torch.relu)})
 OtherSE, conv = type('OtherSE', (SEModule,), {}), partial(nn.Conv2d, 512, 32, 1, device='meta')
 SE, PLAIN, FC1 = 'seresnet18', 'resnet18', r'layer4\.1\.se\.fc1 of ResNet is of class'
 BAD: Dict[str, Tuple[Any, Dict[str, Any], str]] = {
-    **{attn: (partial(build, 'resnet26', attn), {}, f'and no empty place for one, only {cls}. Pass modules')
+    **{attn: (partial(build, 'resnet26', attn), {}, rf'and attention already \({cls}\). Pass modules')
        for attn, cls in (('ese', 'EffectiveSEModule'), ('eca', 'EcaModule'), ('gc', 'GlobalContext'))},
     'ViT': (partial(build, 'vit_tiny_patch16_224'), {}, 'VisionTransformer has no SE block and no empty place'),
     'second attention': (partial(build, SE), dict(attention='cbam'), "has SE blocks, and 'cbam' would be a second"),
     'two names': (partial(build, SE), dict(attention='spse', squeeze='spse'), 'not both'),
     'norm of SE': (partial(build, SE), dict(attention='spse', norm=True), 'SE blocks .* stay without norm'),
+    **{f'{key}={value!r}': (partial(build, PLAIN), dict([('attention', 'se'), (key, value)]), message)
+       for key, message, values in (
+        ('attention', 'Unknown attention', ['', 3]), ('norm', 'norm must be', ['no']),
+        ('modules', 'modules must be names', [[], 5, [None]]), ('input_size', 'three positive', [224, (3, 224)]))
+       for value in values},
+    'no parameters': (lambda: nn.Sequential(nn.ReLU()), {}, 'has no floating-point parameters'),
+    'scripted': (lambda: nn.Sequential(torch.jit.script(nn.Linear(1, 1))), {}, 'contains TorchScript'),
+    'static forward': (partial(unused, PLAIN, Static), dict(modules=['act1', 'unused']), 'an unusual forward'),
     'norm of CBAM': (partial(build, PLAIN), dict(attention='cbam', norm=True), 'Leave it out'),
     'grid': (partial(build, PLAIN), dict(input_size=(3, 32, 32)), 'would be 1 x 1, which is SE'),
     'inserted': (lambda: adopt(build(PLAIN), 'eca'), {}, r'layer1\.0\.se of ResNet .*EcaModule: it is adopted already'),
     **{f'modules {pattern}': (partial(build, name), dict(attention='se', modules=[pattern]), message)
        for pattern, name, message in (
         ('layer9', PLAIN, "no module named 'layer9'. .* The first parts are conv1, bn1"),
-        ('global_pool', PLAIN, r'output of global_pool is no feature map \(B, C, H, W\): \(1, 512\)'),
-        ('bn1', PLAIN, 'of class BatchNorm2d, which a conversion to SyncBatchNorm replaces'),
-        ('blocks.0', 'vit_tiny_patch16_224', r'is no feature map .* \(1, 197, 192\)'),
-        ('layers.0', 'swin_tiny_patch4_window7_224', r'is no feature map .* \(1, 56, 56, 96\)'),
-        ('stages.0.blocks.0.mlp', 'convnext_tiny', r'no feature map .* \(1, 56, 56, 96\)'),
+        ('global_pool', PLAIN, r'output of global_pool is not a feature map .*: \(1, 512\)'),
+        ('bn1', PLAIN, 'of class BatchNorm2d, which other tools replace'),
+        ('blocks.0', 'vit_tiny_patch16_224', r'is not a feature map .* \(1, 197, 192\)'),
+        ('layers.0', 'swin_tiny_patch4_window7_224', r'is not a feature map .* \(1, 56, 56, 96\)'),
+        ('stages.0.blocks.0.mlp', 'convnext_tiny', r'not a feature map .* \(1, 56, 56, 96\)'),
         ('stage2', 'hrnet_w18_small', 'iterates over its children'),
+        ('stages', 'convnext_atto', 'whose children timm runs one by one'), ('stem.conv1', 'repvit_m1', 'other tools'),
         ('features.denseblock1.denselayer1', 'densenet121', 'takes more than one tensor'))},
-    'not run, named': (partial(unused, PLAIN), dict(modules=['unused']), 'ResNet does not run unused'),
+    'not run, named': (partial(unused, PLAIN), dict(modules=['unused']), 'in eval mode does not run unused'),
     'run twice': (partial(shared, PLAIN), dict(attention='se'), r'ResNet runs layer1\.0\.se 2 times in a forward'),
     **{f'{name}_resnet50': (partial(build, f'{name}_resnet50'), {}, f'{name.upper()}Module, which has local averages '
                             'already. Adopt an SE network') for name in ('rgse', 'spse')},
     'unknown': (partial(build, SE), dict(squeeze='sp'), "Unknown attention 'sp'. Choose one of se, spse, rgse"),
     'channels': (partial(build, SE), dict(input_size=(1, 224, 224)), 'Cannot run ResNet at .* Pass an input_size'),
     'small': (partial(build, SE), dict(input_size=(3, 32, 32)), "every grid would be 1 x 1. Use 'spse'"),
-    'not run': (partial(build, SE, unused=SEModule(16)), {}, r'ResNet does not run layer4\.1\.se\.unused, so the size'),
+    'not run': (partial(build, SE, unused=SEModule(16)), {}, r'does not run layer4\.1\.se\.unused, so the size'),
     'subclass': (partial(build, 'resnet26', OtherSE), {}, r'layer1\.0\.se .* OtherSE and has a forward of its own'),
     'forward': (partial(build, SE, forward=abs), {}, r'layer4\.1\.se .* has a forward of its own'),
     'LoRA': (partial(build, SE, fc1=nn.Sequential(conv())), {}, f'{FC1} Sequential, not a Conv2d with floating-point'),

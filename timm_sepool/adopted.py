@@ -15,7 +15,9 @@ The grids are the paper's (section 3): RGSE has one cell per 7x7 window of the m
 The registered model `adopted` does the same by name, for train.py, validate.py and the Hub:
 `timm.create_model('adopted', base='regnety_032', attention='rgse', pretrained=True)`.
 """
+import re
 from dataclasses import fields
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -110,10 +112,21 @@ class AdoptedSENetSEModule(SENetSEModule):
 
 
 class UnitGate(nn.Module):
-    """Twice the sigmoid: a gate between 0 and 2 that is exactly 1 at 0, in every float dtype."""
+    """Twice the sigmoid: a gate between 0 and 2 that is exactly 1 at 0, in every float dtype.
+
+    The factor is part of the state dict: the weights of a gate without it must not load here, nor these there.
+    """
+
+    def __init__(self, device=None, dtype=None):
+        super().__init__()
+        self.register_buffer('scale', torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.scale, 2.)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2. * x.sigmoid()
+        return self.scale * x.sigmoid()  # type: ignore[operator]
 
 
 _ADOPTED: Dict[type, type] = {
@@ -143,6 +156,10 @@ def _se_modules(model: nn.Module) -> Dict[str, Tuple[Any, torch.Tensor]]:
 
 def _refuse_if_adopted(model: nn.Module) -> None:
     name = type(model).__name__
+    if not isinstance(model, nn.Module) or not any(p.is_floating_point() for p in model.parameters()):
+        raise ValueError(f'{name} has no floating-point parameters to train. Pass a model of timm.')
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ValueError(f'{name} is or contains TorchScript. Adopt the model first, then script it.')
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f'{name} would not know the new parameters. Adopt the model first, then wrap it.')
     for path, module in model.named_modules():
@@ -182,17 +199,18 @@ def _new_squeezes(model: nn.Module, attention: str, input_size: Tuple[int, int, 
 def _new_block(attention: str, channels: int, grid: int, norm: bool, **dd) -> nn.Module:
     """An attention block whose gates are 1: the layers before them are zero."""
     block: Any
+    kwargs: Any = dict(gate_layer=partial(UnitGate, **dd), **dd)
     if attention not in ('spse', 'rgse'):
-        block = get_attn(attention)(channels, gate_layer=UnitGate, **dd)
+        block = get_attn(attention)(channels, **kwargs)
     elif not norm:
-        block = SEModule(channels, gate_layer=UnitGate, **dd)
+        block = SEModule(channels, **kwargs)
         if attention == 'spse' or grid > 1:
             block.squeeze = SPSqueeze(channels, **dd) if attention == 'spse' else RGSqueeze(channels, grid, **dd)
             block.__class__ = AdoptedSEModule
     elif attention == 'spse':
-        block = squeeze_layers.SPSEModule(channels, gate_layer=UnitGate, **dd)
+        block = squeeze_layers.SPSEModule(channels, **kwargs)
     else:
-        block = squeeze_layers.RGSEModule(channels, grid, gate_layer=UnitGate, **dd)
+        block = squeeze_layers.RGSEModule(channels, grid, **kwargs)
     layers = {'eca': ['conv'], 'cbam': ['channel.fc2', 'spatial.conv.bn'], 'coord': ['conv_h', 'conv_w']}
     for name in layers.get(attention, ['fc2']):
         for param in block.get_submodule(name).parameters():
@@ -201,21 +219,10 @@ def _new_block(attention: str, channels: int, grid: int, norm: bool, **dd) -> nn
 
 
 def _new_blocks(
-        model: nn.Module,
-        attention: str,
-        input_size: Tuple[int, int, int],
-        modules: Union[None, str, Sequence[str]],
-        norm: bool,
+        model: nn.Module, attention: str, input_size: Tuple[int, int, int], modules: Any, norm: bool,
 ) -> Dict[Any, nn.Module]:
     """The new attention block of each place of a model. Raises as `adopt`."""
     places = attention_places.find_places(model, modules)
-    if not places:
-        kinds = tuple(map(get_attn, ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat', 'coord')))
-        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, kinds)})
-        raise ValueError(
-            f"{type(model).__name__} has no SE block and no empty place for one{', only ' if others else ''}"
-            f"{', '.join(others)}. Pass modules, the names of the modules whose output the attention scales, for "
-            "example modules=['stages.*'], or choose another model, for example seresnet50 or resnet50.")
     shapes = attention_places.map_shapes(model, places, input_size)
     grids = [_grid(*shape[2:]) for shape in shapes]
     if attention == 'rgse' and max(grids) == 1:
@@ -223,11 +230,29 @@ def _new_blocks(
             f'No map of {type(model).__name__} is larger than 10 x 10 at input_size={tuple(input_size)}, so every grid '
             "would be 1 x 1, which is SE. Use 'se', 'spse' or a larger input_size.")
     blocks: Dict[Any, nn.Module] = {}
-    for place, shape, grid in zip(places, shapes, grids):
-        # a ReLU has no parameters to take device and dtype from
-        near = next(p for m in (place.module, model) for p in m.parameters() if p.is_floating_point())
-        blocks[place] = _new_block(attention, shape[1], grid, norm, device=near.device, dtype=near.dtype)
+    with torch.random.fork_rng(devices=[]):  # the new layers take no random numbers from training
+        for place, shape, grid in zip(places, shapes, grids):
+            # a ReLU has no parameters to take device and dtype from
+            near = next(p for m in (place.module, model) for p in m.parameters() if p.is_floating_point())
+            device = 'meta' if near.is_meta else 'cpu'
+            block = _new_block(attention, shape[1], grid, norm, device=device, dtype=near.dtype)
+            blocks[place] = block.to(near.device)
     return blocks
+
+
+def _check_arguments(attention: Any, squeeze: Any, input_size: Any, norm: Any) -> str:
+    """Raise as `adopt`, and return the attention by either of its names."""
+    if attention is not None and squeeze is not None:
+        raise ValueError('Pass attention or its earlier name squeeze, not both.')
+    name = 'rgse' if attention is squeeze is None else squeeze if attention is None else attention
+    if name not in ATTENTIONS:
+        raise ValueError(f'Unknown attention {name!r}. Choose one of {", ".join(ATTENTIONS)}.')
+    sizes = input_size if isinstance(input_size, (tuple, list)) else ()
+    if input_size is not None and (len(sizes) != 3 or not all(isinstance(n, int) and n > 0 for n in sizes)):
+        raise ValueError(f'input_size must be three positive integers (channels, height, width), got {input_size!r}.')
+    if norm not in (None, True, False):
+        raise ValueError(f'norm must be True, False or None, got {norm!r}.')
+    return name
 
 
 def adopt(
@@ -250,8 +275,9 @@ def adopt(
     Adopt before optimizer, EMA, LoRA, torch.compile and DDP; for the Hub see `adopted`.
 
     Args:
-        model: Model, or feature extractor, of timm. It can be on any device, meta included, and of any float dtype. It
-            is run once on the meta device, hooks included, unless 'spse' is added to SE blocks.
+        model: Model of timm, or feature extractor of one whose blocks have a place for attention. It can be on any
+            device, meta included, and of any float dtype. It is run once on the meta device, hooks included, unless
+            'spse' is added to SE blocks.
         attention: 'rgse', one cell per 7x7 window of the block's map at input_size (the default), or 'spse', 1x1 + 2x2
             + 4x4 cells; only without SE blocks also 'se', 'eca', 'cbam' or 'coord', the modules of `timm.layers`.
         input_size: Input (C, H, W) in px that the grids are made for, by default that of the model's pretrained_cfg.
@@ -265,11 +291,7 @@ def adopt(
     Raises:
         ValueError: If an argument is wrong or the model cannot be adopted. The model is unchanged then.
     """
-    if attention and squeeze:
-        raise ValueError('Pass attention or its earlier name squeeze, not both.')
-    attention = attention or squeeze or 'rgse'
-    if attention not in ATTENTIONS:
-        raise ValueError(f'Unknown attention {attention!r}. Choose one of {", ".join(ATTENTIONS)}.')
+    attention = _check_arguments(attention, squeeze, input_size, norm)
     _refuse_if_adopted(model)
     cfg: Any = getattr(model, 'pretrained_cfg', None)
     cfg = cfg if isinstance(cfg, dict) else {}
@@ -301,18 +323,22 @@ def _is_inserted(module: nn.Module) -> bool:
     return isinstance(module, kinds) and any(isinstance(m, UnitGate) for m in module.modules())
 
 
+_BLOCK_KEY = re.compile(  # of an adopted model, whatever its places and attention
+    r'\.squeeze\.weight|\b(se|attention|attn\w*)\.((channel|spatial)\.)?(gate\.scale|fc[12]\.|conv|bn1?\.|(weight|bias)\d?$)')
+
+
 def _attention_keys(state_dict: Dict[str, Any], model: nn.Module) -> List[str]:
-    """Keys of a state dict that belong to the squeezes and blocks of an adopted model, or to others in their places."""
+    """Keys of a state dict that belong to the new squeezes and blocks of an adopted model, or of another one."""
+    own = model.state_dict()
     prefixes = tuple(f'{path}.' for path, module in model.named_modules() if _is_inserted(module))
-    return sorted(k for k in state_dict if '.squeeze.weight' in k or k.startswith(prefixes))
+    return sorted(
+        k for k in state_dict
+        if '.squeeze.weight' in k or k.startswith(prefixes) or (k not in own and _BLOCK_KEY.search(k)))
 
 
 def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Compare the attention: timm loads without strict where num_classes differs."""
-    own = model.state_dict()
-    theirs, ours = _attention_keys(state_dict, model), _attention_keys(own, model)
-    elsewhere = [k for k in state_dict if k not in own and attention_places.SLOTS & set(k.split('.'))]
-    theirs = sorted({*theirs, *elsewhere})
+    theirs, ours = _attention_keys(state_dict, model), _attention_keys(model.state_dict(), model)
     if theirs != ours:
         raise RuntimeError(
             f'The checkpoint has {len(theirs)} attention weights ({", ".join(theirs[:1])}), this adopted model has '
@@ -332,18 +358,8 @@ def _adopt_features(features: nn.Module, model: nn.Module) -> nn.Module:
         target = targets.get(_name_in_extractor(path))
         if target is not None and type(module) is _ADOPTED.get(type(target)):
             target.squeeze, target.__class__ = module.squeeze, type(module)  # type: ignore[attr-defined]
-        if not _is_inserted(module):
-            continue
-        parent, _, slot = path.rpartition('.')
-        owner: Any = model.get_submodule(parent)
-        name = _name_in_extractor(parent)
-        holder = targets.get(name, nn.Identity())
-        is_pruned = isinstance(holder, nn.Sequential) and not len(holder)
-        if type(holder) is getattr(owner, 'base_class', type(owner)) and not is_pruned:
-            attention_places.attach(
-                attention_places.Place(parent, holder, None if slot == 'attention' else slot), module)
-        elif any(target.startswith(f'{name}_') for target in targets):
-            raise ValueError(f'features_only takes {parent} apart and would lose its attention. Name modules in it.')
+        elif _is_inserted(module):
+            attention_places.attach_to_features(path, module, model, targets, _name_in_extractor)
     weights = {_name_in_extractor(k): v for k, v in model.state_dict().items()}
     features.load_state_dict({k: weights[_name_in_extractor(k)] for k in features.state_dict()})
     return features
@@ -387,6 +403,7 @@ def adopted(
         ValueError: If base is unknown, missing or cannot be adopted, or an argument or feature_cls is not supported.
         RuntimeError: If the weights are those of another model.
     """
+    attention = _check_arguments(attention, squeeze, input_size, norm)
     cfg = models.resolve_pretrained_cfg('adopted', pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
     saved = bool(cfg.source)  # set by timm for hf-hub: and local-dir:
     if base is None and not saved:
@@ -414,7 +431,7 @@ def adopted(
 
     def _create(pretrained: bool) -> nn.Module:
         model = models.create_model(base, pretrained, **kwargs)
-        return adopt(model, attention, (in_chans, *input_size[1:]), modules, norm, squeeze)
+        return adopt(model, attention, (in_chans, *input_size[1:]), modules, norm)
 
     maybe_saved = bool(pretrained and cfg.file)  # the file can be the base's or the adopted model's
     model: Any = _create(pretrained and not saved and not maybe_saved)

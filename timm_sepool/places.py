@@ -11,12 +11,13 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from inspect import signature
 from types import FunctionType
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
 
 from timm import models
+from timm.layers import get_attn
 
 # The slots of a block, by the file of its class, in all other files `se`. The first one is taken, or the last where
 # the block's own argument attn_last is true by default.
@@ -28,8 +29,6 @@ _SLOTS = {
     'timm.models.nfnet': ('attn_last', 'attn'),
     'timm.models.vovnet': ('attn',),
 }
-SLOTS = {'se', 'attention', *(slot for slots in _SLOTS.values() for slot in slots)}
-
 
 class Place(NamedTuple):
     """A slot of a module or, where slot is None, its output."""
@@ -76,8 +75,11 @@ def _known_outputs(model: nn.Module) -> Iterator[Place]:
 
 
 def _named_outputs(model: nn.Module, patterns: Union[str, Sequence[str]]) -> Iterator[Place]:
+    names: Any = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"modules must be names of modules, for example ['layer4'], got {patterns!r}.")
     found: Dict[str, nn.Module] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in names:
         parts = pattern.split('.')
         hits = {
             path: module for path, module in model.named_modules()
@@ -87,41 +89,55 @@ def _named_outputs(model: nn.Module, patterns: Union[str, Sequence[str]]) -> Ite
                 f'{type(model).__name__} has no module named {pattern!r}. Choose names of model.named_modules(), where '
                 f'* stands for one part. The first parts are {", ".join(k for k, _ in model.named_children())}.')
         found.update(hits)
+    features = getattr(model, 'feature_info', [])
+    feature_paths = [str(info.get('module')) for info in getattr(features, 'info', features)]
     for path, module in found.items():
-        where = f'{path} of {type(model).__name__} is of class {type(module).__name__}'
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        cls = type(module)
+        where = f'{path} of {type(model).__name__} is of class {cls.__name__}'
+        if any('BatchNorm' in c.__name__ for c in cls.__mro__) or hasattr(module, 'fuse') or (
+                hasattr(module, 'reparameterize')):
             raise ValueError(
-                f'{where}, which a conversion to SyncBatchNorm replaces, attention block and all. Name the activation '
-                'after it or the module around it.')
-        if hasattr(module, 'attention') or 'forward' in vars(module):
-            raise ValueError(f'{where} and has an attribute attention or a forward of its own. Name another module.')
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and type(module).forward is not nn.Sequential.forward:
+                f'{where}, which other tools replace (SyncBatchNorm, freeze, reparameterize_model), and the attention '
+                'would be lost. Name the activation after it or the module around it.')
+        if hasattr(module, 'attention') or 'forward' in vars(module) or not isinstance(cls.forward, FunctionType):
+            raise ValueError(f'{where} and has an attribute attention or an unusual forward. Name another module.')
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and cls.forward is not nn.Sequential.forward:
             raise ValueError(f'{where}, which iterates over its children. Name its last child or the module around it.')
+        if '.' not in path and any(feature.startswith(f'{path}.') for feature in feature_paths):
+            raise ValueError(f'{where}, whose children timm runs one by one for features. Name its last child.')
         yield Place(path, module)
 
 
 def find_places(model: nn.Module, modules: Union[None, str, Sequence[str]] = None) -> List[Place]:
-    """The places of a network for attention blocks, none if modules is None and there is no empty or known one.
+    """The places of a network for attention blocks.
 
     Args:
-        model: Any network.
+        model: A network without SE blocks.
         modules: Names, or globs of names, of the modules whose output is scaled, instead of those that timm has.
 
     Raises:
-        ValueError: If a name or glob matches no module, or the module cannot hold an attention block.
+        ValueError: If there is no place, or other attention, or a named module cannot hold an attention block.
     """
     if modules is not None:
         return list(_named_outputs(model, modules))
-    return list(_empty_slots(model)) or list(_known_outputs(model))
+    places = list(_empty_slots(model)) or list(_known_outputs(model))
+    kinds = tuple(map(get_attn, ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat', 'coord')))
+    others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, kinds)})
+    if others or not places:
+        found = f'attention already ({", ".join(others)})' if others else 'no empty place for one'
+        raise ValueError(
+            f'{type(model).__name__} has no SE block and {found}. Pass modules, the names of the modules whose output '
+            "the new attention scales, for example modules=['stages.*'], or choose another model, for example resnet50.")
+    return places
 
 
 @contextmanager
 def _filled(places: Sequence[Place]) -> Iterator[None]:
     """Put an Identity where a slot is None, so that it is run."""
     unfilled = [(p.module, p.slot) for p in places if p.slot and getattr(p.module, p.slot) is None]
-    for module, slot in unfilled:
-        setattr(module, slot, nn.Identity())
     try:
+        for module, slot in unfilled:
+            setattr(module, slot, nn.Identity())
         yield
     finally:
         for module, slot in unfilled:
@@ -159,8 +175,8 @@ def record_calls(
             torch.func.functional_call(model, tensors, x, tie_weights=False)
     except Exception as e:  # any model's forward may raise anything at a size that it does not take
         raise ValueError(
-            f'Cannot run {type(model).__name__} at input_size={tuple(input_size)} to find the sizes of its maps '
-            f'({type(e).__name__}: {e}). Pass an input_size=(channels, height, width) that it takes.') from e
+            f'Cannot run {type(model).__name__} at input_size={tuple(input_size)} on the meta device, for the sizes of '
+            f'its maps ({type(e).__name__}: {e}). Pass an input_size (channels, height, width) that it takes.') from e
     finally:
         for hook in hooks:
             hook.remove()
@@ -169,8 +185,8 @@ def record_calls(
     for path, runs in calls.items():
         if not runs:
             raise ValueError(
-                f'The forward of {type(model).__name__} does not run {path}, so the size of its map is unknown. Adopt '
-                'the whole model, or name modules that it runs.')
+                f'The forward of {type(model).__name__} in eval mode does not run {path}, so the size of its map is '
+                'unknown. Adopt the whole model, or name modules that it runs.')
     return calls
 
 
@@ -197,7 +213,9 @@ def map_shapes(model: nn.Module, places: Sequence[Place], input_size: Tuple[int,
             height + width)
         if not is_map:
             shape = tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
-            raise ValueError(f'The output of {path} is no feature map (B, C, H, W): {shape}. Name another module.')
+            raise ValueError(
+                f'The output of {path} is not a feature map (B, C, H, W) with the proportions of the input: {shape}. '
+                'Name another module.')
         shapes.append(out.shape)
     return shapes
 
@@ -254,3 +272,21 @@ def attach(place: Place, attention: nn.Module) -> None:
     else:
         module.attention = attention
         module.__class__ = _attended_class(type(module))  # type: ignore[arg-type]
+
+
+def attach_to_features(
+        path: str, block: nn.Module, model: nn.Module, targets: Dict[str, Any], rename: Callable[[str], str]) -> None:
+    """Put a block of model, at path, into a feature extractor whose modules are `targets` by their renamed names.
+
+    Raises:
+        ValueError: If the extractor has the module's children, but not the module.
+    """
+    parent, _, slot = path.rpartition('.')
+    owner: Any = model.get_submodule(parent)
+    name = rename(parent)
+    holder = targets.get(name, nn.Identity())
+    is_pruned = isinstance(holder, nn.Sequential) and not len(holder)
+    if type(holder) is getattr(owner, 'base_class', type(owner)) and not is_pruned:
+        attach(Place(parent, holder, None if slot == 'attention' else slot), block)
+    elif any(target.startswith(f'{name}_') for target in targets):
+        raise ValueError(f'features_only takes {parent} apart and would lose its attention. Name modules in it.')
