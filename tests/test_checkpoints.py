@@ -1,7 +1,5 @@
 """ Checkpoints of every source: converted, loaded as timm loads them, or refused with an error that names the fault """
 import re
-import subprocess
-import sys
 from functools import partial
 from typing import Dict
 
@@ -115,10 +113,3 @@ def test_whose_fault(sources, kwargs, overlay, error, match, monkeypatch) -> Non
     with pytest.raises(error, match=match):
         create(pretrained_cfg_overlay=overlay, **kwargs)
     assert len(built) <= 1
-
-
-@pytest.mark.full
-def test_import_before_timm() -> None:
-    """The import of timm then registers the models while checkpoints.py is half-imported."""
-    code = 'import timm_sepool.checkpoints, timm; assert timm.create_model("rgse_resnet50", device="meta")'
-    subprocess.run([sys.executable, '-c', code], check=True, timeout=300)

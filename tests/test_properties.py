@@ -14,15 +14,14 @@ import torch
 from torch import nn
 
 from helpers import reference
-from helpers.common import gradients, images, realistic, tiny, training_step
+from helpers.common import gradients, images, realistic, tiny
 
 pytest.importorskip('hypothesis')
 from hypothesis import example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import timm  # noqa: E402
-from timm.models.resnet import Bottleneck  # noqa: E402
-from timm_sepool import RGSEModule, SEPoolBottleneck, SPSEModule, checkpoint_filter_fn  # noqa: E402
+from timm_sepool import RGSEModule, SPSEModule, checkpoint_filter_fn  # noqa: E402
 from timm_sepool.squeeze import spatial_kernel, spatial_weighted_sum  # noqa: E402
 
 SEEDS = st.integers(0, 2 ** 32 - 1)
@@ -164,24 +163,6 @@ def test_network_in_eval_mode(name, kwargs, stride, in_chans, batch, size, seed)
             torch.testing.assert_close(other, logits, rtol=1e-9, atol=1e-9)
 
 
-@examples(0.3)
-@given(FAMILIES, TOPOLOGIES, STRIDES, st.booleans(), st.tuples(*[st.integers(33, 80)] * 2), SEEDS)
-def test_network_equals_formula(name, kwargs, stride, training, size, seed) -> None:
-    """Loss and every gradient of timm's own bottleneck around the gate that is written out, float64."""
-    torch.manual_seed(seed)
-    model = tiny(name, **{**kwargs, 'output_stride': stride, 'num_classes': 10}).double().train(training)
-    x, formula = images(4, *size, dtype=torch.float64), copy.deepcopy(model)
-    for block in formula.modules():
-        if isinstance(block, SEPoolBottleneck):
-            block.forward = partial(Bottleneck.forward, block)
-            block.se.forward = partial(lambda se, x: x * reference.squeeze_gate(se, x), block.se)
-    (loss, grads), (expected_loss, expected) = training_step(model, x), training_step(formula, x)
-    torch.testing.assert_close(loss, expected_loss)
-    for n in grads:
-        atol = 1e-7 * expected[n].abs().max().item() + 1e-10
-        torch.testing.assert_close(grads[n], expected[n], rtol=0, atol=atol, msg=lambda m: f'{n}: {m}')
-
-
 # --- checkpoints
 
 def official(state_dict: Dict[str, torch.Tensor], family: str) -> Dict[str, torch.Tensor]:
@@ -290,21 +271,15 @@ def test_mutated_checkpoint(file, data, name, kwargs, kind, how, loading) -> Non
     key = data.draw(st.sampled_from(list(state_dict)) | st.sampled_from(('fc.weight', 'fc.bias')), 'key')
     bad = {k: v for k, v in state_dict.items() if k != key}
     bad.update(MUTATIONS[how](key, state_dict[key]))
-    load = partial(from_file, name, file, bad, kwargs['num_classes'], **{**kwargs, **loading})
-    if not (loading and key.startswith('fc.')):
-        refused = rf'does not fit {name} \(.*\)\. Use an undamaged checkpoint of'
-        with pytest.raises(RuntimeError, match=rf'{refused}|fc\.(weight|bias)'):
-            load()
-        return
     try:
-        loaded = load()
+        loaded = from_file(name, file, bad, kwargs['num_classes'], **{**kwargs, **loading}).state_dict()
     except RuntimeError as e:
-        assert 'a classifier of' in str(e)
-    else:  # a new classifier, or none
-        loaded, expected = loaded.state_dict(), checkpoint_filter_fn(state_dict, model)
-        body = {k for k in expected if not k.startswith('fc.')}
-        assert {k for k in loaded if not k.startswith('fc.')} == body
-        assert all(torch.equal(loaded[k], expected[k]) for k in body if kind != 'donor' or '.se.' not in k)
+        refused = rf'does not fit {name} \(.*\)\. Use an undamaged checkpoint of|fc\.(weight|bias)|a classifier of'
+        assert re.search(refused, str(e))
+    else:  # the classifier is a new one, or there is none
+        assert loading and key.startswith('fc.')
+        for k, v in checkpoint_filter_fn(state_dict, model).items():
+            assert k.startswith('fc.') or kind == 'donor' and '.se.' in k or torch.equal(loaded[k], v), k
 
 
 @examples(0.4)

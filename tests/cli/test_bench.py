@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from helpers.common import NAMES, TINY, images, tiny
+from helpers.runs import TINY_ARGS, check_fails
 from timm_sepool.cli import _timing, bench
 from timm_sepool.cli._timing import Clock, create_network, interleave, saved_bytes, summarize
 from timm_sepool.cli.main import main
 
 SQUEEZES = ('seresnet50', 'rgse_resnet50', 'spse_resnet50')
 MODELS = ('seresnet50', 'rgse_resnet50', 'resnet50+eca')
-SMALL = '-b 2 --img-size 32 48 --rounds 3 --model-kwargs layers=(1,1,1,1) channels=(16,32,64,128)'.split()
+SMALL = [*'-b 2 --img-size 32 48 --rounds 3'.split(), *TINY_ARGS]
 
 
 @pytest.mark.parametrize('name', NAMES[::5])
@@ -121,9 +122,7 @@ def test_report(tmp_path, capsys, monkeypatch) -> None:
     assert all(word in head for word in (*MODELS, 'channels_last', 'amp', '32 x 48', '3 rounds'))
     assert [line.split()[0] for line in explained.splitlines() if line[0] != ' '] == head.splitlines()[1].split()[1:]
     assert all(column in blocks_explained for column in ('x (MB)', 'roofline', 'stage', 'mode, ms and ratio'))
-    assert main([*argv, '--plot', str(picture)]) == 2
-    err = capsys.readouterr().err
-    assert 'exists' in err and err.count('\n') == 1  # told before the work
+    check_fails(capsys, tmp_path, [*argv, '--plot', str(picture)], 'exists')  # told before the work
 
 
 def test_chart() -> None:
