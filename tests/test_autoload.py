@@ -1,7 +1,6 @@
-""" Registration without an import, with the real torch and timm
+""" Registration without an import, with the real torch and timm in new processes
 
-What matters happens while Python imports torch and timm, so each test starts new processes. The programs run under
-`-W error`, where timm's 'Overwriting ... in registry' is an error, and must leave stderr empty.
+The programs run under `-W error`, where timm's 'Overwriting ... in registry' is an error, and must leave stderr empty.
 """
 import multiprocessing
 import os

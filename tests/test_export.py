@@ -1,7 +1,7 @@
 """ Compilers and exporters: each must compute what eager mode computes, at sizes it was not traced at """
 import copy
 import random
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import pytest
 import torch
@@ -67,16 +67,12 @@ def test_convert(name: str, converter: str) -> None:
             assert_same(converted(x), model(x))
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_torchscript_trains(name: str) -> None:
-    model = tiny(name, scriptable=True).train()
+@pytest.mark.parametrize('name, kwargs', [
+    *((name, dict(scriptable=True)) for name in FAMILIES),
+    *(('rgse_resnet50', dict(block_args=dict(attn_layer=attn_layer))) for attn_layer in (None, 'eca', 'se'))], ids=str)
+def test_torchscript_trains(name: str, kwargs: Dict) -> None:
+    model = tiny(name, **kwargs).train()
     assert_same_step(torch.jit.script(copy.deepcopy(model)), model, images(3, 97, 131))
-
-
-@pytest.mark.parametrize('attn_layer', [None, 'eca', pytest.param('se', marks=pytest.mark.full)])
-def test_torchscript_of_other_blocks(attn_layer: str) -> None:
-    model = tiny('rgse_resnet50', block_args=dict(attn_layer=attn_layer))
-    assert_same(torch.jit.script(model)(INPUTS[1]), model(INPUTS[1]))
 
 
 @pytest.mark.parametrize('name, backend', [

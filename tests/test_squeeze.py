@@ -122,12 +122,8 @@ def test_arguments() -> None:
     module = SPSEModule(256, norm_layer=partial(nn.GroupNorm, 8), device='meta', dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {('meta', torch.bfloat16)}
     assert SPSEModule(256, norm_layer=partial(nn.GroupNorm, 8))(torch.randn(1, 256, 7, 7)).shape == (1, 256, 7, 7)
-
-
-@pytest.mark.parametrize('name', ['spse', 'rgse_8'])
-def test_initialization(name: str) -> None:
-    """Torch's default weights, zero biases, unit norm, also without the network's init_weights."""
-    for n, p in MODULES[name](256).named_parameters():
+    # initialized without the network: torch's default weights, zero biases, unit norm
+    for n, p in [*SPSEModule(256).named_parameters(), *RGSEModule(256, 8).named_parameters()]:
         if 'bias' in n or n == 'bn.weight':
             assert (p == ('bias' not in n)).all()
         else:

@@ -1,8 +1,6 @@
-""" What breaks while the models are registered
+""" What breaks while the models are registered: `import torch` and `import timm` work, with one warning or line of log
 
-A failure of this package never breaks `import torch` or `import timm`. It gives one RuntimeWarning or, where warnings
-are errors, one line in the log. Each case starts new processes, which import the real torch and timm in three CPU
-seconds, so most cases run with --full only.
+Each case starts processes that import torch and timm, which takes seconds, so most cases run with --full only.
 """
 import os
 import shutil

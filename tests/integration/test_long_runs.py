@@ -18,12 +18,8 @@ from helpers.processes import run_processes
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
 TESTS = Path(__file__).parents[1]
 CASES = {
-    'plain': {},
-    'channels_last': {},
-    'drop_path': dict(drop_path_rate=0.5),
-    'drop_block': dict(drop_block_rate=0.2, drop_rate=0.2),
-    'checkpointing': dict(drop_path_rate=0.5),
-}
+    'plain': {}, 'channels_last': {}, 'drop_path': dict(drop_path_rate=0.5), 'checkpointing': dict(drop_path_rate=0.5),
+    'drop_block': dict(drop_block_rate=0.2, drop_rate=0.2)}
 
 
 def digest(name: str, case: str, seed: int = 0) -> str:

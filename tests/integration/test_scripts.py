@@ -28,7 +28,6 @@ from timm_sepool.cli.quickstart import _next_steps
 pytestmark = pytest.mark.skipif(
     not os.environ.get('TIMM_SCRIPTS'), reason='set TIMM_SCRIPTS to a checkout of huggingface/pytorch-image-models')
 NUM_CLASSES = 3
-NUM_IMAGES = {'train': 24, 'validation': 12}  # three batches of 8; a full batch and a partial one
 MODEL = [
     '--model', 'rgse_resnet50', '--device', 'cpu', '--num-classes', NUM_CLASSES, '--img-size', 64, '-b', 8, *TINY_ARGS]
 DATA = ['--data-dir', 'data', '-j', 0]
@@ -87,7 +86,7 @@ def folder(tmp_path_factory) -> Path:
         shutil.copy(Path(os.environ['TIMM_SCRIPTS'], f'{script}.py'), folder)
     assert run(folder, '-c', 'import timm; print(timm.__file__)').stdout.strip() == timm.__file__
     rng = np.random.default_rng(0)
-    for split, num_images in NUM_IMAGES.items():
+    for split, num_images in (('train', 24), ('validation', 12)):  # three batches of 8; a full and a partial one
         for i in range(num_images):
             pixels = rng.integers(0, 56, (80, 90, 3), dtype=np.uint8)
             pixels[..., i % NUM_CLASSES] += 200
