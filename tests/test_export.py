@@ -14,7 +14,7 @@ from timm_sepool.squeeze import RGSEModule, SPSEModule
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
 EXAMPLE = images(2, 224, 224)
-AUTO_SHAPES = (dict.fromkeys((0, 2, 3), getattr(torch.export.Dim, 'AUTO', None)),)  # torch >= 2.6
+AUTO_SHAPES = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
 INPUTS = [EXAMPLE, images(1, 97, 131), images(5, 64, 320)]
 
 
