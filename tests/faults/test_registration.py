@@ -220,7 +220,7 @@ def test_import_hook(tree: Tree, hook: str, place: str) -> None:
             """,
     }.get(hook, '')
     flags = ('-W', 'error', '-W', 'ignore::ImportWarning')  # Python's own, of finders without find_spec
-    method = 'find_module(self, name)' if hook == 'legacy' else 'find_spec(self, name, path=None, target=None)'
+    method = 'find_module(self, name, path)' if hook == 'legacy' else 'find_spec(self, name, path=None, target=None)'
     code = (f'class Hook:\n    def {method}:\n{textwrap.indent(HOOKS[hook], " " * 8)}', *code)
     tree.quiet(HELPERS, *code, check, 'registered()', REGISTERED, flags=flags)
 
