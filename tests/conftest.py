@@ -1,11 +1,11 @@
 import os
 import sys
 import tempfile
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the package `helpers`
 
@@ -31,11 +31,9 @@ def pytest_addoption(parser) -> None:
 def pytest_configure(config) -> None:
     config.addinivalue_line('markers', 'full: runs with --full only, another test checks the same claim faster')
     os.environ['TIMM_SEPOOL_FULL_TESTS'] = '1' if config.getoption('--full') else ''
-    with suppress(ImportError):
-        from hypothesis import settings
-        settings.register_profile('quick', max_examples=20, derandomize=True, deadline=None)
-        settings.register_profile('full', max_examples=200, deadline=None, print_blob=True)
-        settings.load_profile('full' if config.getoption('--full') else 'quick')
+    settings.register_profile('quick', max_examples=20, derandomize=True, deadline=None)
+    settings.register_profile('full', max_examples=200, deadline=None, print_blob=True)
+    settings.load_profile('full' if config.getoption('--full') else 'quick')
 
 
 def pytest_collection_modifyitems(config, items) -> None:

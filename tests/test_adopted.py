@@ -170,10 +170,11 @@ def test_architectures() -> None:
         assert {name: found[name] for name in COUNTED} == COUNTED
 
 
-COUNTED = {'resnet18': ('inserted', 8), 'vgg16_bn': ('inserted', 13), 'inception_v3': ('inserted', 11),
-           'inception_v4': ('inserted', 14), 'inception_resnet_v2': ('inserted', 40), 'densenet121': ('named', 5),
-           'vit_tiny_patch16_224': ('refused', 0), 'swin_tiny_patch4_window7_224': ('refused', 0),
-           'test_maxvit': ('SE', 4)}
+COUNTED = {k: v for k, v in {
+    'resnet18': ('inserted', 8), 'vgg16_bn': ('inserted', 13), 'inception_v3': ('inserted', 11),
+    'inception_v4': ('inserted', 14), 'inception_resnet_v2': ('inserted', 40), 'densenet121': ('named', 5),
+    'vit_tiny_patch16_224': ('refused', 0), 'swin_tiny_patch4_window7_224': ('refused', 0),
+    'test_maxvit': ('SE', 4)}.items() if timm.is_model(k)}  # older timm has no test_maxvit
 
 
 @pytest.mark.parametrize('plain, sibling', [

@@ -1,7 +1,6 @@
-""" Registration without an import, with the real torch and timm
+""" Registration without an import, with the real torch and timm in new processes
 
-What matters happens while Python imports torch and timm, so each test starts new processes. The programs run under
-`-W error`, where timm's 'Overwriting ... in registry' is an error, and must leave stderr empty.
+The programs run under `-W error`, where timm's 'Overwriting ... in registry' is an error, and must leave stderr empty.
 """
 import multiprocessing
 import os
@@ -9,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Sequence
+from typing import List, Sequence
 
 import pytest
 
@@ -37,15 +36,7 @@ assert type(timm.models.__loader__) is type(timm.models.__spec__.loader) is type
 def run(
         args: Sequence, cwd: Path, path: Sequence[Path] = (), autoload: bool = True, check: bool = True,
 ) -> subprocess.CompletedProcess:
-    """Run a command outside the checkout, so that only an installed package is found.
-
-    Args:
-        args: The command.
-        cwd: Directory to run in.
-        path: Directories to put first on the module search path.
-        autoload: Whether torch calls the entry points of other packages, which is its default.
-        check: Whether to fail if the command does.
-    """
+    """Run a command in `cwd` outside the checkout, where only an installed package is found, or one in `path`."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TORCH_DEVICE_BACKEND'))}
     env.update(PYTHONPATH=os.pathsep.join(map(str, path)), TORCH_DEVICE_BACKEND_AUTOLOAD=str(int(autoload)))
     result = subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
@@ -75,7 +66,8 @@ FIRST = ['import torch', """
     assert importlib.util.find_spec('timm.models')  # imports timm
     """]
 OURS = [f'from timm_sepool{x}' for x in (
-    '.sepool_resnet import SEPoolResNet', '.squeeze import RGSEModule', '.adopted import adopt', ' import SPSEModule')]
+    '.sepool_resnet import SEPoolResNet', '.squeeze import RGSEModule', '.adopted import adopt', ' import SPSEModule',
+    '.checkpoints import CheckpointError')]
 
 
 @pytest.mark.parametrize('first, autoload', [
@@ -100,31 +92,26 @@ def test_imports_nothing_else(tmp_path: Path) -> None:
     """, cwd=tmp_path) == ''
 
 
-def test_launcher(tmp_path: Path) -> None:
-    """The models are registered in each process that torch.distributed.run starts."""
-    (tmp_path / 'train.py').write_text('import os, timm\nprint(os.environ["RANK"], timm.is_model("rgse_resnext50"))\n')
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    assert sorted(run([*launcher, 'train.py'], tmp_path).stdout.splitlines()) == ['0 True', '1 True']
+RANK = 'import os, timm\nprint(os.environ["RANK"], timm.is_model("rgse_resnext50"))'
+WORKER = """
+import os
+from torch.utils.data import DataLoader
+class Data(list):
+    def __getitem__(self, index):
+        import timm
+        return os.getpid(), timm.is_model('spse_resnet50')
+if __name__ == '__main__':
+    (pid, registered), = DataLoader(Data([0]), num_workers=1, multiprocessing_context='{}')
+    print(pid.item() != os.getpid(), registered.item())
+"""
 
 
-@pytest.mark.full
-@pytest.mark.parametrize('method', multiprocessing.get_all_start_methods())
-def test_data_loader_worker(method: str, tmp_path: Path) -> None:
-    """The models are registered in a worker that imports timm itself."""
-    (tmp_path / 'train.py').write_text(textwrap.dedent(f"""
-    import os
-    from torch.utils.data import DataLoader, Dataset
-
-    class Data(Dataset):
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, index):
-            import timm
-            return os.getpid(), timm.is_model('spse_resnet50')
-
-    if __name__ == '__main__':
-        (pid, registered), = DataLoader(Data(), num_workers=1, multiprocessing_context={method!r})
-        print(pid.item() != os.getpid(), registered.item())
-    """))
-    assert run([sys.executable, 'train.py'], tmp_path).stdout.split() == ['True', 'True']
+@pytest.mark.parametrize('launcher, program, printed', [
+    ('-m torch.distributed.run --standalone --nproc_per_node 2', RANK, ['0 True', '1 True']),
+    *(pytest.param('', WORKER.format(x), ['True True'], marks=full) for x in multiprocessing.get_all_start_methods()),
+])
+def test_other_processes(launcher: str, program: str, printed: List[str], tmp_path: Path) -> None:
+    """The models are registered in every process that torch.distributed.run or a DataLoader starts."""
+    (tmp_path / 'train.py').write_text(program)
+    out = run([sys.executable, *launcher.split(), 'train.py'], tmp_path).stdout
+    assert sorted(out.splitlines()) == printed

@@ -191,15 +191,13 @@ rank = torch.distributed.get_rank()
 model = torchvision.models.get_model(
     sys.argv[1], weights_backbone='weights.pth', num_classes=3, trainable_backbone_layers=4,
     rpn_score_thresh=0., min_size=64, max_size=96, box_batch_size_per_image=16, backbone_kwargs={TINY})
-body, params = model.backbone.body, [p for p in model.parameters() if p.requires_grad]
 ddp = torch.nn.parallel.DistributedDataParallel(model)
 for step in range(2):
     num, size = 1 - rank * step, (64 + 8 * rank, 90 - 16 * step)  # an image without objects among them
     boxes, masks = torch.tensor([[8., 8., 40., 40.]])[:num], torch.ones(num, *size).byte()
-    target = dict(boxes=boxes, labels=torch.ones(num).long(), masks=masks)
-    sum(ddp([torch.rand(3, *size)], [target]).values()).backward()
-    assert all(p.grad.isfinite().all() for p in params)
-print(rank, type(body.layer1[0].se).__name__, *[next(m.parameters()).requires_grad for m in (body.layer1, body.conv1)])
+    sum(ddp([torch.rand(3, *size)], [dict(boxes=boxes, labels=masks[:, 0, 0].long(), masks=masks)]).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+print(rank, type(model.backbone.body.layer1[0].se).__name__)
 """
 
 
@@ -208,11 +206,10 @@ def test_launcher_and_ddp(tmp_path: Path) -> None:
     """A script for torchvision, on two processes: every parameter takes part in each step, else DDP raises."""
     (tmp_path / 'train.py').write_text(SCRIPT)
     torch.save(tiny('rgse_resnet50').state_dict(), tmp_path / 'weights.pth')
-    argv = '-m torch.distributed.run --standalone --nproc_per_node 2 -m timm_sepool.detection train.py'.split()
-    out = subprocess.run(
-        [sys.executable, *argv, 'maskrcnn_rgse_resnet50'], cwd=tmp_path, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr[-3000:]
-    assert sorted(out.stdout.splitlines()) == [f'{rank} RGSEModule True False' for rank in range(2)]
+    launch = '-m torch.distributed.run --standalone --nproc_per_node 2 -m timm_sepool.detection'
+    argv = [sys.executable, *launch.split(), 'train.py', 'maskrcnn_rgse_resnet50']
+    out = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert sorted(out.stdout.splitlines()) == ['0 RGSEModule', '1 RGSEModule'], out.stderr[-3000:]
 
 
 def test_run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

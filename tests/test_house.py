@@ -13,12 +13,11 @@ FILES = {'.'.join(path.relative_to(PACKAGE).with_suffix('').parts): path for pat
 
 def imports_of(name: str) -> Set[str]:
     """Files of the package that a file imports, inside functions too."""
-    folder = name.split('.')[:-1]
-    found = set()
+    found, parents = set(), name.split('.')
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = folder[:len(folder) - node.level + 1] + (node.module.split('.') if node.module else [])
-            found |= {'.'.join(base + [alias.name]) for alias in node.names} | {'.'.join(base)}
+            base = parents[:-node.level] + [node.module] * bool(node.module)
+            found |= {'.'.join(base), *('.'.join([*base, alias.name]) for alias in node.names)}
     return found & set(FILES)
 
 
@@ -44,5 +43,5 @@ def test_sizes() -> None:
     """The package without new features, the largest file, and the tests against the package."""
     lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     tests = sum(len(path.read_text().splitlines()) for path in (ROOT / 'tests').rglob('*.py'))
-    assert max(lines.values()) <= 450 and sum(lines.values()) <= 3500
+    assert max(lines.values()) <= 450 and sum(lines.values()) <= 3950
     assert tests <= min(6000, 1.9 * sum(lines.values()))

@@ -144,8 +144,6 @@ def test_adopted() -> None:
         nn.init.normal_(p)
     parametrizations.weight_norm(module, 'weight2')
     module.parametrizations.weight2.original0.data.mul_(3)
-    prune.random_unstructured(module, 'weight4', 0.5)
-    module.weight4_orig.data.mul_(2)  # the weight in use follows in the next forward
     drawn = plot_kernels(model).axes[5].images[0].get_array()  # at 224 px, the size of its config
     kernel, = torch.autograd.grad(module(x).sum(), x)
     torch.testing.assert_close(torch.tensor(drawn), kernel[0].mean(0))

@@ -1,6 +1,6 @@
 """ Donor weights: what `pretrained=True` loads """
-import shutil
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Dict
 
@@ -37,24 +37,30 @@ def test_tags() -> None:
 
 
 @pytest.mark.parametrize('backbone, kwargs', [
-    *((backbone, dict(TINY)) for backbone in DONORS),
+    *((backbone, TINY) for backbone in DONORS),
+    ('resnet50', dict(TINY, stem_type='deep', stem_width=16, output_stride=8)),
+    ('resnet50', dict(TINY, avg_down=True, block_reduce_first=2, layers=(1, 2, 1, 1))),
     *((backbone, {}) for backbone in (DONORS if FULL else ['resnet50'])),
-], ids=lambda value: value if isinstance(value, str) else 'tiny' if value else 'full-depth')
+], ids=lambda value: value if isinstance(value, str) else ','.join(value) or 'full-depth')
 def test_computes_what_the_donor_computes(hub: HubServer, tmp_path: Path, backbone: str, kwargs: Dict) -> None:
-    """Difference exactly 0.0, in eval and train mode."""
+    """Difference exactly 0.0 in eval and train mode, of the gradients too but for those of bn3, which is doubled."""
     create = partial(timm.create_model, pretrained=True, cache_dir=tmp_path, **kwargs)
     serve_donor(hub, DONORS[backbone], **kwargs)
-    for family in ('rgse', 'spse'):
-        donor, model = create(DONORS[backbone]), create(f'{family}_{backbone}')
-        for dtype in (torch.float32, torch.float64, torch.bfloat16) if kwargs or FULL else (torch.float32,):
-            model, donor = model.to(dtype), donor.to(dtype)
-            x = images(2, 64, 64, dtype=dtype)
-            with torch.no_grad():
-                for training in (False, True):
-                    ours, theirs = model.train(training)(x), donor.train(training)(x)
-                    assert theirs.abs().max() > 0 and (ours - theirs).abs().max().item() == 0.0
-                    assert torch.equal(model.layer1[0].bn3.running_var, donor.layer1[0].bn3.running_var)
-    shutil.rmtree(tmp_path)  # the donors are large
+    cases = ((False, (64, 64), torch.contiguous_format), (True, (40, 56), torch.channels_last))
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)[:3 if FULL or kwargs and backbone == 'resnet50' else 1]
+    for family, dtype, (training, size, memory_format) in product(('rgse', 'spse'), dtypes, cases):
+        results = []
+        for name in (DONORS[backbone], f'{family}_{backbone}'):
+            model = create(name).to(dtype).to(memory_format=memory_format).train(training)
+            logits = model(images(2, *size, dtype=dtype).contiguous(memory_format=memory_format))
+            logits.square().sum().backward()
+            results.append((logits, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
+        (theirs, their_grads, their_buffers), (ours, grads, buffers) = results
+        assert theirs.isfinite().all() and theirs.any() and torch.equal(ours, theirs)
+        assert all(torch.equal(buffers[n], b) for n, b in their_buffers.items())
+        # oneDNN leaves parts of the bfloat16 gradient of a weight unwritten where a strided conv sees a width of 1
+        for n, g in (their_grads if dtype != torch.bfloat16 else {}).items():
+            assert torch.equal(grads[n] * (2 if '.bn3.' in n else 1), g), n
 
 
 @pytest.mark.parametrize('family', ['rgse', 'spse'])
@@ -77,22 +83,17 @@ def test_squeeze_learns(hub: HubServer, small_donor: partial, family: str) -> No
 
 @pytest.mark.filterwarnings('ignore:.*copying from a non-meta parameter')  # to compare with what timm does
 def test_options_of_create_model(hub: HubServer, small_donor: partial) -> None:
-    """Other classes and channels, features, a tag, the meta device: as in plain timm. Files: see test_checkpoints.py"""
-    serve_donor(hub, 'resnet50.tv_in1k', **TINY)
-    donor, tv = (safetensors.torch.load(hub.repos['model', f'timm/resnet50.{tag}_in1k']['model.safetensors'])
-                 for tag in ('a1', 'tv'))
-    model = small_donor()
-    assert torch.equal(model.fc.weight, donor['fc.weight'])
-    assert torch.equal(model.layer4[0].bn3.bias, 2 * donor['layer4.0.bn3.bias'])
-    gray = small_donor(in_chans=1, num_classes=10)
-    torch.testing.assert_close(gray.conv1.weight, donor['conv1.weight'].sum(1, keepdim=True))
-    assert gray.fc.out_features == 10
+    """Features, a tag, the meta device: as in plain timm. test_checkpoints.py has other classes and channels."""
     donor_features = timm.create_model('resnet50', features_only=True, **small_donor.keywords).eval()
     features = small_donor(features_only=True).eval()
     assert all(map(torch.equal, features(images(2, 64, 64)), donor_features(images(2, 64, 64))))
-    assert torch.equal(small_donor(pretrained_cfg='from_resnet50_tv_in1k').fc.weight, tv['fc.weight'])
+    serve_donor(hub, 'resnet50.tv_in1k', **TINY)
     by_tag = timm.create_model('rgse_resnet50.from_resnet50_tv_in1k', **small_donor.keywords)
-    assert torch.equal(by_tag.fc.weight, tv['fc.weight']) and by_tag.pretrained_cfg['interpolation'] == 'bilinear'
+    assert by_tag.pretrained_cfg['interpolation'] == 'bilinear'
+    by_cfg = small_donor(pretrained_cfg='from_resnet50_tv_in1k')
+    for model, tag in ((small_donor(), 'a1'), (by_tag, 'tv'), (by_cfg, 'tv')):
+        donor = safetensors.torch.load(hub.repos['model', f'timm/resnet50.{tag}_in1k']['model.safetensors'])
+        assert torch.equal(model.fc.weight, donor['fc.weight'])
     assert small_donor(device='meta').fc.weight.is_meta
 
 
@@ -105,19 +106,6 @@ def test_other_blocks(hub: HubServer, small_donor: partial) -> None:
     for attn_layer in ('eca', partial(SPSEModule, gate_layer='relu')):
         with pytest.raises(RuntimeError, match='rgse_resnet50.*missing.*layer1.0.se'):
             small_donor(block_args=dict(attn_layer=attn_layer))
-
-
-@pytest.mark.parametrize('kwargs', [dict(), dict(num_classes=10), dict(features_only=True)], ids=str)
-@pytest.mark.parametrize('other, layers', [
-    *((other, (1, 1, 1, 1)) for other in ('seresnet50', 'resnet50d', 'resnext50_32x4d', 'resnet18')),
-    ('resnet101', (1, 1, 2, 1)), ('resnet26', (2, 1, 1, 1))], ids=str)
-def test_donor_of_another_topology(tmp_path: Path, other: str, layers: tuple, kwargs: Dict) -> None:
-    """One clear error, also where timm itself would load in part."""
-    donor = timm.create_model(other, **{**TINY, 'layers': layers}).state_dict()
-    safetensors.torch.save_file(donor, tmp_path / f'{other}.safetensors')
-    overlay = dict(file=str(tmp_path / f'{other}.safetensors'))
-    with pytest.raises(RuntimeError, match=f'{other}.safetensors.* rgse_resnet50'):
-        timm.create_model('rgse_resnet50', pretrained=True, pretrained_cfg_overlay=overlay, **{**TINY, **kwargs})
 
 
 @pytest.mark.full

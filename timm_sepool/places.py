@@ -127,7 +127,7 @@ def find_places(model: nn.Module, modules: Union[None, str, Sequence[str]] = Non
         found = f'attention already ({", ".join(others)})' if others else 'no empty place for one'
         raise ValueError(
             f'{type(model).__name__} has no SE block and {found}. Pass modules, the names of the modules whose output '
-            "the new attention scales, for example modules=['stages.*'], or choose another model, for example resnet50.")
+            "the new attention scales, for example modules=['stages.*'], or choose another model, say resnet50.")
     return places
 
 

@@ -24,10 +24,9 @@ from timm.layers import create_act_layer, make_divisible
 
 __all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_kernel', 'spatial_weighted_sum']
 
-# torch < 2.7 cannot tell export from compile: both take the form that serves export
+# torch 2.5 and 2.7 report every compilation as an export, so compiled graphs take the form that fits all sizes
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-# torch 2.7 cannot tell dynamic sizes from static ones and guards on them
-_has_static_value = getattr(symbolic_shapes, 'has_static_value', lambda size: True)
+_has_static_value = getattr(symbolic_shapes, 'has_static_value', lambda size: False)  # torch 2.7 lacks it
 
 
 def _size_may_vary(height: int, width: int) -> bool:

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from helpers.common import NAMES, TINY, images, tiny
+from helpers.runs import TINY_ARGS, check_fails
 from timm_sepool.cli import _timing, bench
 from timm_sepool.cli._timing import Clock, create_network, interleave, saved_bytes, summarize
 from timm_sepool.cli.main import main
 
-SQUEEZES = ('seresnet50', 'rgse_resnet50', 'spse_resnet50')
 MODELS = ('seresnet50', 'rgse_resnet50', 'resnet50+eca')
-SMALL = '-b 2 --img-size 32 48 --rounds 3 --model-kwargs layers=(1,1,1,1) channels=(16,32,64,128)'.split()
+SMALL = [*'-b 2 --img-size 32 48 --rounds 3'.split(), *TINY_ARGS]
 
 
 @pytest.mark.parametrize('name', NAMES[::5])
@@ -30,8 +30,8 @@ def test_reference_is_the_network(name: str) -> None:
 
 def test_network_step(monkeypatch) -> None:
     """Inference leaves no gradient; a training step has gradients and the optimizer's state, the weights stay."""
-    model, x, steps, sgd_step = create_network('resnet50+eca', **TINY), images(4, 32, 32), [], torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, 'step', lambda self: (steps.append(self), sgd_step(self)))
+    model, x, steps, step = create_network('resnet50+eca', **TINY), images(4, 32, 32), [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, 'step', lambda self: (steps.append(self), step(self)))
     weight, before = model.conv1.weight, model.conv1.weight.detach().clone()
     _timing.network_step(model.eval(), x, 'infer', nullcontext)()
     assert weight.grad is None and not steps and type(model.layer1[0].se).__name__ == 'EcaModule'
@@ -93,7 +93,8 @@ def test_saved_bytes() -> None:
     """By hand: a ReLU keeps its result, which the next layer shares; x and parameters are there anyway."""
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     assert saved_bytes(model, torch.randn(2, 4, 8, 8)) == 2 * 4 * 8 * 8 * 4
-    kept = {name: saved_bytes(create_network(name, **TINY).train(), images(2, 224, 224)) for name in SQUEEZES}
+    x, names = images(2, 224, 224), ('seresnet50', *NAMES[::5])
+    kept = {name: saved_bytes(create_network(name, **TINY).train(), x) for name in names}
     assert max(kept.values()) < 1.02 * kept['seresnet50'], kept  # as docs/speed.md says
 
 
@@ -121,9 +122,7 @@ def test_report(tmp_path, capsys, monkeypatch) -> None:
     assert all(word in head for word in (*MODELS, 'channels_last', 'amp', '32 x 48', '3 rounds'))
     assert [line.split()[0] for line in explained.splitlines() if line[0] != ' '] == head.splitlines()[1].split()[1:]
     assert all(column in blocks_explained for column in ('x (MB)', 'roofline', 'stage', 'mode, ms and ratio'))
-    assert main([*argv, '--plot', str(picture)]) == 2
-    err = capsys.readouterr().err
-    assert 'exists' in err and err.count('\n') == 1  # told before the work
+    check_fails(capsys, tmp_path, [*argv, '--plot', str(picture)], 'exists')  # told before the work
 
 
 def test_chart() -> None:

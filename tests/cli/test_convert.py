@@ -1,4 +1,4 @@
-""" `timm-sepool convert` """
+""" `timm-sepool convert`; tests/test_checkpoints.py converts official checkpoints """
 from pathlib import Path
 
 import pytest
@@ -6,28 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm
-from helpers.common import TINY, images, official_state_dict, tiny
+from helpers.common import TINY, images, tiny
 from helpers.hub_server import HubServer
-from helpers.runs import TINY_ARGS, check_fails, files, push_args, write_run
+from helpers.runs import TINY_ARGS, check_fails, push_args, write_run
 from timm_sepool.cli.main import main
-
-
-@pytest.mark.parametrize('name', ['rgse_resnext50', pytest.param('spse_resnet50', marks=pytest.mark.full)])
-def test_official_checkpoint(tmp_path: Path, capsys, name: str) -> None:
-    """To a file that timm loads strictly, by the call that is printed."""
-    official = official_state_dict(name)
-    state_dict = {f'module.{k}': v.float() if v.is_floating_point() else v for k, v in official.items()}
-    checkpoint = {'epoch': 100, 'arch': 'X', 'state_dict': state_dict, 'best_prec1': torch.tensor(77.), 'optimizer': {}}
-    torch.save(checkpoint, tmp_path / 'in.pth.tar')
-    out = tmp_path / 'out.safetensors'
-    assert main(['convert', str(tmp_path / 'in.pth.tar'), str(out), '--model', name]) == 0
-    assert f'timm.create_model({name!r}, checkpoint_path={str(out)!r})' in capsys.readouterr().out
-    model = timm.create_model(name, checkpoint_path=str(out))
-    assert torch.equal(model.fc.weight, state_dict['module.fc.weight'])
-    reduction = state_dict['module.layer1.layer1_block_0.fc_reduction.weight']
-    assert torch.equal(model.layer1[0].se.fc1.weight[:, :, 0, 0], reduction)
-    assert files(tmp_path) == ['in.pth.tar', 'out.safetensors']
-    assert out.stat().st_mode == (tmp_path / 'in.pth.tar').stat().st_mode  # readable as any file
 
 
 @pytest.mark.parametrize('model_args', ['args.yaml', '--model-kwargs'])
@@ -49,6 +31,7 @@ def test_training_checkpoint(hub: HubServer, tmp_path: Path, capsys, model_args:
         command = capsys.readouterr().out.splitlines()[-1].strip()
         assert 'num_classes=7' in command and 'in_chans=1' in command
         assert torch.equal(eval(command, {'timm': timm}).eval()(x), expected(x))
+        assert convert[2].stat().st_mode == checkpoint.stat().st_mode  # readable as any file
     convert[1], convert[2] = convert[2], tmp_path / 'again.safetensors'
     assert main([*map(str, convert)]) == 0  # from its metadata
     a, b = load_file(convert[1]), load_file(convert[2])

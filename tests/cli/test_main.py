@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from timm_sepool.cli.main import main
-
 COMMANDS = ('quickstart', 'list', 'imagefolder', 'push', 'convert', 'plot', 'bench', 'cards')
 
 
@@ -28,9 +26,3 @@ def test_fast_without_torch(argv: str) -> None:
         'assert not {"torch", "timm"} & {*sys.modules}')
     process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout and not process.stderr, process.stderr
-
-
-def test_model_kwargs_bad_input(capsys) -> None:
-    with pytest.raises(SystemExit, match='2'):
-        main(['convert', 'in.pth', 'out.safetensors', '--model', 'rgse_resnet50', '--model-kwargs', 'layers'])
-    assert 'argument --model-kwargs: expected KEY=VALUE, got layers' in capsys.readouterr().err

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import timm
 from helpers.common import FULL
+from helpers.runs import check_fails
 from timm_sepool.cli._digits import NUM_HELD_OUT, load_digits
 from timm_sepool.cli.main import main
 from timm_sepool.cli.quickstart import top1
@@ -67,6 +68,4 @@ def test_same_seed_same_result(tmp_path) -> None:
 def test_bad_input(tmp_path, capsys, monkeypatch, argv: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'existing').mkdir()
-    assert main(['quickstart', *argv.split()]) == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count('\n') == 1 and os.listdir() == ['existing']
+    check_fails(capsys, tmp_path, ['quickstart', *argv.split()], message)

@@ -24,6 +24,7 @@ SOURCE_CFG = dict(
     crop_mode='border', mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2), num_classes=7, label_names=['stale'] * 7)
 OF_SOURCE = dict(
     input_size=[3, 96, 96], interpolation='bicubic', crop_pct=0.9, crop_mode='center', mean=[0.3] * 3, std=[0.2] * 3)
+ROW = dict(model='spse_resnet50')
 
 
 @pytest.fixture
@@ -63,9 +64,6 @@ def test_network_and_preprocessing_of_the_run(
     for resolved in (by_validate, resolve_data_config(run_args, model=start)):
         assert (resolved['interpolation'], resolved['crop_pct']) == (expected['interpolation'], expected['crop_pct'])
         assert list(resolved['input_size']) == expected['input_size']
-
-
-ROW = dict(model='spse_resnet50')
 
 
 @pytest.mark.parametrize('rows, message', [

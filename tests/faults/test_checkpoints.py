@@ -205,7 +205,10 @@ CHANGES = {
     'one column less': lambda w: w[..., 1:] if w.shape[-1] > 1 else w[:, 1:],  # of conv1, the input channels may differ
     'one dimension less': lambda w: w[..., 0], 'no elements': lambda w: w[:0], 'scalar': lambda w: w[0, 0, 0, 0],
 }
-OTHERS = [dict(name='spse_resnet50'), dict(name='rgse_resnext50'), dict(name='rgse_resnet50', layers=(1, 1, 2, 1))]
+OTHERS = [
+    *(dict(name=name) for name in (
+        'spse_resnet50', 'rgse_resnext50', 'seresnet50', 'resnet50d', 'resnext50_32x4d', 'resnet18')),
+    dict(name='rgse_resnet50', layers=(1, 1, 2, 1)), dict(name='resnet26', layers=(2, 1, 1, 1))]
 NAMES = {
     'one more': lambda s: {**s, 'extra': torch.zeros(1)},
     'prefix': lambda s: {f'backbone.{k}': v for k, v in s.items()},

@@ -1,7 +1,7 @@
 """ What breaks while `timm-sepool` runs: signals, streams, disks, folders, locales, other processes
 
-After each fault the exit code is the usual one, stderr holds one line, and the folder is as it was before or holds the
-complete output. Signals are raised at a call of a function, not after a time, in forks of one process (see `forked`).
+Then the exit code is the usual one, stderr holds one line, and the folder is as it was or holds the complete output.
+Signals are raised at a call of a function, not after a time, in forks of one process (see `forked`).
 """
 import json
 import os

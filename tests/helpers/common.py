@@ -2,7 +2,7 @@
 import os
 import zlib
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Dict, Tuple
 
 import numpy as np
 import safetensors.torch
@@ -52,13 +52,6 @@ def tiny(name: str, **kwargs) -> nn.Module:
 def images(batch: int, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     chans, height, width = size if len(size) == 3 else (3, *size)
     return torch.randn(batch, chans, height, width, dtype=dtype, generator=torch.Generator().manual_seed(1))
-
-
-def gradients(f: Callable[[], torch.Tensor], inputs: List[torch.Tensor]) -> List[torch.Tensor]:
-    """Result of f and the gradients of inputs for one cotangent."""
-    out = f()
-    cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out.detach(), *torch.autograd.grad((out * cotangent).sum(), inputs)]
 
 
 def training_step(model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:

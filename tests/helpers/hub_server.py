@@ -54,12 +54,11 @@ class HubServer:
 
     Attributes:
         repos: Repositories by type ('model', 'dataset') and id.
-        requests: Method and path, without the query, of all requests in their order.
-        faults: What goes wrong, by id of a repository, by id/name of one of its files or by id/verb of an API call
-            (preupload, commit); with a method before it ('GET user/net') for its requests alone. An HTTP status answers
-            every request (200 with an HTML page); 'missing' says that there is no such file, 'timeout' hangs up after
-            `delay` seconds and 'header' in the middle of the header. A commit that is 'lost' is made, but not answered.
-            Files only: bytes replace the file; after its half the connection ends ('cut') or waits `delay` s ('stall').
+        requests: Method and path of all requests in their order.
+        faults: What goes wrong, by id of a repository, id/name of a file or id/verb of an API call (preupload, commit),
+            for one method with 'GET ' before it. A status for all requests (200 is an HTML page), a 'missing' file,
+            'timeout' after `delay` seconds, an end in the middle of the 'header', a commit that is made but 'lost'. For
+            files: bytes replace the file, after half of it the connection ends ('cut') or waits `delay` s ('stall').
         was_cut: Id and name of the files that were sent by half.
     """
 
@@ -77,7 +76,7 @@ class HubServer:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def add(self, repo_id: str, files: Dict[str, Union[bytes, Path]], repo_type: str = 'model') -> str:
-        """Commit files to a repository, created if need be, and return the commit's sha."""
+        """Commit files to a repository, which may be new, and return the commit's sha."""
         repo = self.repos.setdefault((repo_type, repo_id), Repo(repo_id))
         return repo.commit({k: v.read_bytes() if isinstance(v, Path) else v for k, v in files.items()})
 
@@ -183,8 +182,7 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: one connection per request
         self.send(status, data[start:], sent=max(0, len(data) // 2 - start) if half else None, **headers)
         if half:
             self.hub.was_cut.add((repo_id, file))
-        if half and self.fault == 'stall':
-            threading.Event().wait(self.hub.delay)
+            threading.Event().wait(self.hub.delay if self.fault == 'stall' else 0)
 
     def create(self, name: str, organization: str = 'user', type: str = 'model', **options) -> None:
         repo_id = f'{organization}/{name}'

@@ -10,8 +10,7 @@ from typing import Any, Callable, List, NamedTuple
 
 import torch
 
-_METHODS = multiprocessing.get_all_start_methods()
-_CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in _METHODS else 'spawn')
+_CONTEXT = multiprocessing.get_context('forkserver' if hasattr(os, 'fork') else 'spawn')
 _CONTEXT.set_forkserver_preload(['timm'])  # imported once, the processes are new otherwise
 
 

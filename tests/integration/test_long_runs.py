@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Dict
 
 import pytest
 import torch
@@ -18,12 +18,8 @@ from helpers.processes import run_processes
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
 TESTS = Path(__file__).parents[1]
 CASES = {
-    'plain': {},
-    'channels_last': {},
-    'drop_path': dict(drop_path_rate=0.5),
-    'drop_block': dict(drop_block_rate=0.2, drop_rate=0.2),
-    'checkpointing': dict(drop_path_rate=0.5),
-}
+    'plain': {}, 'channels_last': {}, 'drop_path': dict(drop_path_rate=0.5), 'checkpointing': dict(drop_path_rate=0.5),
+    'drop_block': dict(drop_block_rate=0.2, drop_rate=0.2)}
 
 
 def digest(name: str, case: str, seed: int = 0) -> str:
@@ -91,35 +87,19 @@ def usage() -> Dict[str, int]:
     return held
 
 
-def train(name: str) -> Callable[[int], Any]:
-    """A training step, in turn on maps that the pooling windows tile and on maps where they overlap."""
-    model = timm.create_model(name, num_classes=10, **TINY).train()
+def _growth(rank: int, name: str, mode: str, kwargs: Dict[str, Any], count: int) -> Dict[str, int]:
+    """Growth of each kind over `count` training steps, or as many short-lived networks, after a warm-up."""
+    model = timm.create_model(name, **kwargs)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x = [images(2, size, 32) for size in (32, 40)]
+    x = [images(2, size, 32) for size in (32, 40)]  # the pooling windows tile the maps, or overlap
 
     def run(i: int) -> None:
+        network = model if mode == 'train' else timm.create_model(name, **kwargs)
+        out = (torch.fx.symbolic_trace(network) if mode == 'fx' else network)(x[i % 2])
         optimizer.zero_grad()
-        model(x[i % 2]).square().mean().backward()
+        (out[-1] if isinstance(out, list) else out).square().mean().backward()
         optimizer.step()
 
-    return run
-
-
-def create(name: str, trace: bool = False, **kwargs) -> Callable[[int], Any]:
-    """A network that is created, used and deleted."""
-    x = images(2, 32, 32)
-
-    def run(i: int) -> None:
-        model = timm.create_model(name, **kwargs)
-        out = (torch.fx.symbolic_trace(model) if trace else model)(x)
-        (out[-1] if isinstance(out, list) else out).mean().backward()
-
-    return run
-
-
-def _growth(rank: int, make_run: Callable, name: str, kwargs: Dict[str, Any], count: int) -> Dict[str, int]:
-    """Growth of each kind over `count` runs, after a warm-up."""
-    run = make_run(name, **kwargs)
     for i in range(max(5, count // 10)):
         run(i)
     before = usage()
@@ -129,19 +109,17 @@ def _growth(rank: int, make_run: Callable, name: str, kwargs: Dict[str, Any], co
 
 
 NETWORKS = {**dict.fromkeys(FAMILIES, TINY), 'adopted': dict(base='regnety_002', squeeze='rgse')}
-MODES: Dict[str, Dict] = {'create': {}, 'features': dict(features_only=True), 'fx': dict(trace=True)}
 RUNS = {
-    **{f'train-{name}': (train, name, {}) for name in FAMILIES},
-    **{f'{mode}-{name}': (create, name, {**NETWORKS[name], **MODES[mode]}) for name in NETWORKS for mode in MODES},
-}
+    f'{mode}-{name}': (name, mode, dict(kwargs, features_only=True) if mode == 'features' else kwargs)
+    for name, kwargs in NETWORKS.items() for mode in ('train', 'create', 'features', 'fx')}
 QUICK = ('train-spse_resnet50', 'features-rgse_resnext50')
 
 
 @pytest.mark.parametrize('run', [run if run in QUICK else pytest.param(run, marks=pytest.mark.full) for run in RUNS])
 def test_nothing_grows(run: str) -> None:
-    make_run, name, kwargs = RUNS[run]
-    count = (100 if make_run is train else 10) * (20 if FULL else 1)
-    growth, = run_processes(_growth, 1, make_run, name, kwargs, count, timeout=6000)
+    training = run.startswith('train')
+    count = (100 if training else 10) * (20 if FULL else 1)
+    growth, = run_processes(_growth, 1, *RUNS[run], count, timeout=6000)
     # fx keeps the source code of what it traces
-    limits = dict(tensors=0, modules=0, objects=count * (0.1 if make_run is train else 10), rss=32 * 2 ** 20)
+    limits = dict(tensors=0, modules=0, objects=count * (0.1 if training else 10), rss=32 * 2 ** 20)
     assert not {k: v for k, v in growth.items() if v > limits[k]}

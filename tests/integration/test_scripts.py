@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -21,15 +22,14 @@ from PIL import Image
 import timm
 from helpers.common import TINY, realistic, serve_donor
 from helpers.hub_server import HubServer
+from helpers.runs import TINY_ARGS, push_args
 from timm_sepool.cli.quickstart import _next_steps
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get('TIMM_SCRIPTS'), reason='set TIMM_SCRIPTS to a checkout of huggingface/pytorch-image-models')
 NUM_CLASSES = 3
-NUM_IMAGES = {'train': 24, 'validation': 12}  # three batches of 8; a full batch and a partial one
 MODEL = [
-    '--model', 'rgse_resnet50', '--device', 'cpu', '--num-classes', NUM_CLASSES, '--img-size', 64, '-b', 8,
-    '--model-kwargs', *(f'{k}={v}' for k, v in TINY.items())]
+    '--model', 'rgse_resnet50', '--device', 'cpu', '--num-classes', NUM_CLASSES, '--img-size', 64, '-b', 8, *TINY_ARGS]
 DATA = ['--data-dir', 'data', '-j', 0]
 PREPROCESSING = ['--interpolation', 'bilinear', '--crop-pct', 0.875]  # the default is that of the donor
 PRINTED = _next_steps('rgse_resnet50', Path('out')).replace('\\\n', '')  # by the quickstart
@@ -73,6 +73,11 @@ def last(output: Path, key: str = 'state_dict') -> Dict[str, Any]:
     return torch.load(output / 'last.pth.tar', weights_only=False)[key]
 
 
+def save_image(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
     """Coloured noise, and copies of the scripts: beside the originals python would import the checkout's timm."""
@@ -81,13 +86,11 @@ def folder(tmp_path_factory) -> Path:
         shutil.copy(Path(os.environ['TIMM_SCRIPTS'], f'{script}.py'), folder)
     assert run(folder, '-c', 'import timm; print(timm.__file__)').stdout.strip() == timm.__file__
     rng = np.random.default_rng(0)
-    for split, num_images in NUM_IMAGES.items():
+    for split, num_images in (('train', 24), ('validation', 12)):  # three batches of 8; a full and a partial one
         for i in range(num_images):
             pixels = rng.integers(0, 56, (80, 90, 3), dtype=np.uint8)
             pixels[..., i % NUM_CLASSES] += 200
-            path = folder / 'data' / split / f'class{i % NUM_CLASSES}' / f'{i}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+            save_image(pixels, folder / 'data' / split / f'class{i % NUM_CLASSES}' / f'{i}.png')
     return folder
 
 
@@ -173,6 +176,36 @@ def test_validate(options: str, folder: Path, recipe: Path) -> None:
     checked = validate(folder, recipe / 'last.pth.tar', '--use-ema', *options.split(), *PREPROCESSING)
     keys = ('img_size', 'crop_pct', 'interpolation', 'top1')
     assert [checked[k] for k in keys] == [64, 0.875, 'bilinear', accuracy(recipe)]
+
+
+@pytest.mark.parametrize('size, options', [
+    (32, '--img-size 32 --interpolation bilinear --crop-pct 0.875'),
+    (48, '--input-size 3 48 48'),  # interpolation and crop are those of the tag
+], ids=['options', 'tag'])
+def test_published(hub: HubServer, folder: Path, size: int, options: str) -> None:
+    """From training to a published network, as docs/training.md shows it: all accuracies are that of the last epoch."""
+    rng = np.random.default_rng(0)
+    for split, c, i in product(('train', 'validation'), range(NUM_CLASSES), range(30)):
+        pixels = rng.integers(0, 256, (60, 70, 3), dtype=np.uint8)
+        pixels[:, ::3 + c] //= 2  # stripes whose period is the class
+        save_image(pixels, folder / 'stripes' / split / f'class{c}' / f'{i}.png')
+    data, output = '--data-dir stripes -j 0 --device cpu -b 24'.split(), folder / 'output' / f'published{size}'
+    start = f'--model rgse_resnet50.from_resnet50_tv_in1k --num-classes {NUM_CLASSES} --opt momentum --lr 0.05'
+    to = f'--epochs 2 --warmup-epochs 0 --output output --experiment {output.name}'
+    run(folder, 'train.py', *data, *start.split(), *to.split(), *options.split(), *TINY_ARGS)
+    # of one checkpoint, the last: the average is its weights
+    averaged = output / 'averaged.pth'
+    run(folder, 'avg_checkpoints.py', '--input', output, '--filter', 'last.pth.tar', '--no-sort', '--output', averaged)
+    push = ['-m', 'timm_sepool', *push_args('rgse_resnet50', averaged, '--repo-id', f'user/flow{size}')]
+    run(folder, *push, '--dry-run', f'dry-run{size}')
+    used = ['validate.py', *data, '--pretrained', '--results-file', f'{size}.csv', '--model']
+    validated = result(run(folder, *used, f'local-dir:dry-run{size}'))
+    assert (validated['img_size'], validated['crop_pct'], validated['interpolation']) == (size, 0.875, 'bilinear')
+    assert validated['top1'] == accuracy(output)
+    run(folder, *push, '--metrics', f'{size}.csv')
+    assert f'value: {validated["top1"]}' in hub.repos['model', f'user/flow{size}']['README.md'].decode()
+    again = result(run(folder, *used, f'hf-hub:user/flow{size}'))
+    assert (again['top1'], again['img_size']) == (validated['top1'], size)
 
 
 @pytest.mark.parametrize('options', ['', '--dynamic-size', '--dynamo', '--dynamo --dynamic-size'])

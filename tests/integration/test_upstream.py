@@ -25,12 +25,10 @@ import timm
 registered = os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD') != '0'
 assert all(timm.is_model(name) == registered for name in {[*NAMES, 'adopted']})
 """
-CLAIMS = [
-    'test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_torchscript',
-    'test_model_forward_features', 'test_model_forward_intermediates_features', 'test_model_forward_intermediates',
-    'test_prune_intermediate_layers_contract', 'test_model_forward_fx', 'test_model_backward_fx',
-    'test_model_forward_fx_torchscript',
-]
+CLAIMS = [f'test_{claim}' for claim in (
+    'model_forward', 'model_backward', 'model_default_cfgs', 'model_forward_torchscript', 'model_forward_features',
+    'model_forward_intermediates_features', 'model_forward_intermediates', 'prune_intermediate_layers_contract',
+    'model_forward_fx', 'model_backward_fx', 'model_forward_fx_torchscript')]
 
 
 @pytest.fixture(scope='session')

@@ -97,8 +97,9 @@ def model_stats(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **k
         nonlocal activations
         activations += output.numel()
 
+    # timm 1.0.26 cannot build RegNets inside `with torch.device('meta')`
+    model: Any = create_model(name, in_chans=input_size[0], device='meta', **kwargs).eval()
     with torch.device('meta'), torch.no_grad():
-        model: Any = create_model(name, in_chans=input_size[0], **kwargs).eval()
         x = torch.empty(1, *input_size)
         hooks = [
             module.register_forward_hook(count) for module in model.modules()

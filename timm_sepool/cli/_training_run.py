@@ -156,8 +156,8 @@ def load_trained(
             kwargs['in_chans'] = run_args.get('in_chans') or (run_args.get('input_size') or (3,))[0]
         elif getattr(first_conv, 'ndim', 0) == 4:
             kwargs['in_chans'] = first_conv.shape[1]
-        with torch.device('meta'):
-            model: Any = create_model(run_args['model'] if run_args else name, **kwargs)
+        # timm 1.0.26 cannot build RegNets inside `with torch.device('meta')`
+        model: Any = create_model(run_args['model'] if run_args else name, device='meta', **kwargs)
     except Exception as e:  # a foreign constructor can raise any
         raise CommandError(f'{arch} cannot be created with {kwargs}: {first_line(e)}{hint}') from e
     is_sepool = any(isinstance(module, SEPoolModule) for module in model.modules())
