@@ -40,7 +40,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_sizes() -> None:
-    """The package (3,500 lines, and 450 for attention in networks without SE), a file, the tests against the package."""
+    """The package (3,500 lines and 450 for attention in networks without SE), its files, and the tests against it."""
     lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     tests = sum(len(path.read_text().splitlines()) for path in (ROOT / 'tests').rglob('*.py'))
     assert max(lines.values()) <= 450 and sum(lines.values()) <= 3950

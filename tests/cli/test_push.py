@@ -74,13 +74,15 @@ def test_transformers(hub: HubServer, trained: SimpleNamespace) -> None:
     torch.testing.assert_close(model(torch.ones(2, 1, 96, 96)).logits, trained.model(torch.ones(2, 1, 96, 96)))
 
 
-@pytest.mark.parametrize('model_kwargs', [dict(base='regnety_002', squeeze='spse'), TINY], ids=str)
+@pytest.mark.parametrize('model_kwargs', [
+    dict(base='regnety_002', squeeze='spse'), TINY, dict(base='resnet18', attention='cbam', modules=['layer*'], **TINY),
+], ids=str)
 def test_adopted(tmp_path: Path, monkeypatch, model_kwargs: Dict) -> None:
     """Published, converted and published again, fine-tuned from what was published: equal to the bit."""
     monkeypatch.chdir(tmp_path)
     trained = timm.create_model('adopted', num_classes=7, in_chans=1, **model_kwargs).eval()
-    for name, parameter in trained.named_parameters():
-        if '.squeeze.' in name:
+    for parameter in trained.parameters():
+        if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     write_run(tmp_path / 'run', trained, 'adopted', in_chans=1, img_size=96, model_kwargs=model_kwargs)
     assert main('convert run/last.pth.tar b.safetensors --model adopted'.split()) == 0
