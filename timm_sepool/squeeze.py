@@ -220,7 +220,7 @@ class SEPoolModule(nn.Module):
                 'The squeeze of an SPSE / RGSE block normalizes one value per image and channel over the batch, so '
                 'training needs more than one image per device. Use a larger batch, SyncBatchNorm over several '
                 "devices, or freeze the norms of the squeeze: timm.utils.freeze(model, [n for n, _ in "
-                "model.named_modules() if n.endswith('.se.bn')])."
+                "model.named_modules() if n.endswith('.se.bn')]). Adopted networks have norm=False."
             ) from e
 
     def forward_squeeze(self, x: torch.Tensor) -> torch.Tensor:

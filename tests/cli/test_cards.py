@@ -80,4 +80,4 @@ def test_trained(hub: HubServer, tmp_path: Path, monkeypatch, name, chans, class
     assert first['top5_probabilities'].shape == (1, min(5, classes)) and last['output'].shape == (1, num_features)
     gmacs, params = (float(re.search(rf'{key}: (.*)', card)[1]) for key in ('GMACs', r'Params \(M\)'))
     assert gmacs > 0 and params == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, rel=0.06)
-    assert ('regnety_002 with SPSE attention' if name == 'adopted' else 'ResNe') in card and 'Trained by the author' in card
+    assert ('regnety_002 with SPSE' if name == 'adopted' else 'ResNe') in card and 'Trained by the author' in card
