@@ -279,8 +279,8 @@ def adopt(
     squeezes = {} if modules is not None else _new_squeezes(model, attention, input_size)
     if norm is not None and (squeezes or attention not in ('rgse', 'spse')):
         raise ValueError(
-            "norm is an option of inserted 'rgse' and 'spse' blocks. Leave it out for other blocks and for models with SE "
-            'blocks, whose output a norm would change.')
+            "norm is an option of inserted 'rgse' and 'spse' blocks. Leave it out here: SE blocks that a model has "
+            'stay without norm, so that the model computes what it did.')
     blocks = {} if squeezes else _new_blocks(model, attention, input_size, modules, NORM if norm is None else norm)
 
     # nothing fails from here on, so that no model is left half adopted

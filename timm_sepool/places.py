@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from inspect import signature
+from types import FunctionType
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -81,8 +82,8 @@ def _named_outputs(model: nn.Module, patterns: Union[str, Sequence[str]]) -> Ite
             if path.count('.') + 1 == len(parts) and path and all(map(fnmatchcase, path.split('.'), parts))}
         if not hits:
             raise ValueError(
-                f'{type(model).__name__} has no module named {pattern!r}. Choose names of model.named_modules(), where * '
-                f'stands for one part of a name. First parts: {", ".join(k for k, _ in model.named_children())}.')
+                f'{type(model).__name__} has no module named {pattern!r}. Choose names of model.named_modules(), where '
+                f'* stands for one part. The first parts are {", ".join(k for k, _ in model.named_children())}.')
         found.update(hits)
     for path, module in found.items():
         where = f'{path} of {type(model).__name__} is of class {type(module).__name__}'
@@ -227,8 +228,12 @@ class _AttendedDict(Attended):
 @lru_cache(None)
 def _attended_class(cls: Any) -> Any:
     base = _AttendedDict if issubclass(cls, nn.ModuleDict) else Attended
+    f = cls.forward
+    # TorchScript names a method by its function's __name__, and `forward` is taken
+    forward_base = FunctionType(f.__code__, f.__globals__, 'forward_base', f.__defaults__, f.__closure__)
+    forward_base.__annotations__, forward_base.__kwdefaults__ = f.__annotations__, f.__kwdefaults__
     return type(f'Attended{cls.__name__}', (base, cls), {
-        '__module__': __name__, 'base_class': cls, 'forward_base': cls.forward})
+        '__module__': __name__, 'base_class': cls, 'forward_base': forward_base})
 
 
 def _new_attended(cls: type) -> Any:
@@ -246,4 +251,4 @@ def attach(place: Place, attention: nn.Module) -> None:
         module.add_module('attention', attention)
     else:
         module.attention = attention
-        module.__class__ = _attended_class(type(module))
+        module.__class__ = _attended_class(type(module))  # type: ignore[arg-type]

@@ -167,7 +167,8 @@ def plot_gates(
             ax.plot(means[present.index(c), order].numpy(), linewidth=0.8, label=f'class {_class_name(class_names, c)}')
         ax.plot(mean.numpy(), color='black', linewidth=1.6, label=f'mean over all {len(present)} classes')
         ax.set_title(f'{name}: standard deviation over classes {means.std(0, correction=0).mean():.3f}')
-        ax.set(xlim=(0, len(mean) - 1), ylim=(0, 1), xlabel='channel, sorted by the mean over all classes')
+        ax.set(xlabel='channel, sorted by the mean over all classes', xlim=(0, len(mean) - 1))
+        ax.set(ylim=(0, 2 if means.max() > 1 else 1))  # gates of inserted attention are twice a sigmoid
         ax.grid(alpha=0.3)
     for ax in axes[len(observations):]:
         ax.set_visible(False)

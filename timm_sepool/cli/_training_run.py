@@ -151,7 +151,7 @@ def load_trained(
         cfg: Any = get_pretrained_cfg(str(kwargs.get('base') or arch))
         classifier: Any = state_dict.get(f'{cfg.classifier}.weight')
         first_conv: Any = state_dict.get(f'{cfg.first_conv}.weight', state_dict.get('conv1.0.weight'))  # a deep stem
-        kwargs['num_classes'] = len(classifier) if getattr(classifier, 'ndim', 0) == 2 else 0
+        kwargs['num_classes'] = len(classifier) if getattr(classifier, 'ndim', 0) >= 2 else 0
         if run_args and ('in_chans' in run_args or 'input_size' in run_args):
             kwargs['in_chans'] = run_args.get('in_chans') or (run_args.get('input_size') or (3,))[0]
         elif getattr(first_conv, 'ndim', 0) == 4:
@@ -161,7 +161,7 @@ def load_trained(
     except Exception as e:  # a foreign constructor can raise any
         raise CommandError(f'{arch} cannot be created with {kwargs}: {first_line(e)}{hint}') from e
     is_sepool = any(isinstance(module, SEPoolModule) for module in model.modules())
-    if is_sepool and not any('.se.' in k or '.fc_reduction.' in k for k in state_dict):
+    if is_sepool and arch != 'adopted' and not any('.se.' in k or '.fc_reduction.' in k for k in state_dict):
         raise CommandError(
             f'{checkpoint} has the weights of a network without a squeeze, not of {arch}. Load them as a donor: '
             'pretrained_cfg_overlay=dict(file=...), or --pretrained-path of train.py.')

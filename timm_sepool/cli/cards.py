@@ -69,13 +69,14 @@ def model_card(
     donor = None if trained else cfg['hf_hub_id']
     claim = None if trained else next((row for row in TABLE if row.model == arch), None)
     if arch == 'adopted':
-        family = model_args.get('squeeze', 'rgse').upper()
+        family = (model_args.get('attention') or model_args.get('squeeze') or 'rgse').upper()
         backbone = model_args.get('base', 'seresnet50')
-        squeeze = f'its global average plus learned local averages ({family}, `timm_sepool.adopt`)'
+        description = f'{backbone} with {family} attention by `timm_sepool.adopt`'
     else:
         family, backbone = arch.split('_')
-        family, squeeze = family.upper(), _SQUEEZES[family.upper()]
+        family = family.upper()
         backbone = backbone.replace('resnext', 'ResNeXt-').replace('resnet', 'ResNet-')
+        description = f'{backbone} whose blocks squeeze each channel to {_SQUEEZES[family]}'
 
     repo_id = model_id.removeprefix('hf-hub:')
     measured: Dict[str, Any] = dict(
@@ -110,7 +111,7 @@ def model_card(
         model_id=model_id,
         family=family,
         backbone=backbone,
-        squeeze=squeeze,
+        description=description,
         weights='Trained by the author of this repository.' if trained else
         f'**No trained {family} weights are public. These are a donor\'s.** {cfg["description"]}',
         donor=donor,
