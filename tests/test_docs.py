@@ -1,5 +1,7 @@
 """ README and docs: what they say is what the package does """
+import csv
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import List
@@ -51,6 +53,15 @@ def test_commands_and_links(page: Path) -> None:
                     _parser().parse_args([re.sub(r'^\[|\]$', '', word) for word in words[1:]])
     for link in re.findall(r'\]\(([^)#]+?)(?:#[^)]*)?\)', page.read_text()):
         assert link.startswith('https://') or (page.parent / link).exists(), link
+
+
+def test_exact_start() -> None:
+    """The tables of the experiment are those of its runs, of which none is missing."""
+    script = runpy.run_path(str(ROOT / 'docs' / 'exact_start.py'))
+    with (ROOT / 'docs' / 'exact_start.csv').open(newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert len({(r['seed'], r['arm'], r['images'], r['regime']) for r in rows}) == len(rows) == 10 * 12 * 4
+    assert script['tables'](rows) in (ROOT / 'docs' / 'exact_start.md').read_text()
 
 
 def test_tables() -> None:
