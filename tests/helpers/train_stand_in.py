@@ -15,8 +15,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for option in ('data-dir', 'device', 'model', 'output', 'experiment', 'resume'):
         parser.add_argument(f'--{option}')
-    for option, default in (('epochs', 3), ('seed', 42), ('checkpoint-hist', 10), ('cooldown-epochs', 0), ('img-size', 0)):
-        parser.add_argument(f'--{option}', type=int, default=default)
+    for option in ('epochs', 'seed', 'checkpoint-hist', 'cooldown-epochs', 'img-size'):
+        parser.add_argument(f'--{option}', type=int, default=3 if option == 'epochs' else 0)
     parser.add_argument('--sched', default='cosine')
     parser.add_argument('--epoch-repeats', type=float, default=0.)  # here: seconds of an epoch
     parser.add_argument('--model-kwargs', nargs='*', default=[])
