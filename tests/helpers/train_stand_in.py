@@ -1,7 +1,8 @@
 """ A stand-in for timm's train.py that imports no torch: its arguments, files and habits, with made-up accuracies
 
 Its habits: Ctrl-C ends it with exit code 0; a resumed run repeats the header of summary.csv; the row of an epoch is
-written before its checkpoint. $STAND_IN is a fault: 'fail SEED', or 'SIGNAL SEED EPOCH', sent before that checkpoint.
+written before its checkpoint. $STAND_IN is a fault, 'fail SEED', or 'wait SEED EPOCH' or 'SIGNAL SEED EPOCH' before the
+checkpoint of that epoch.
 """
 import argparse
 import os
@@ -18,7 +19,6 @@ def main() -> None:
     for option in ('epochs', 'seed', 'checkpoint-hist', 'cooldown-epochs', 'img-size'):
         parser.add_argument(f'--{option}', type=int, default=3 if option == 'epochs' else 0)
     parser.add_argument('--sched', default='cosine')
-    parser.add_argument('--epoch-repeats', type=float, default=0.)  # here: seconds of an epoch
     parser.add_argument('--model-kwargs', nargs='*', default=[])
     args = parser.parse_args()
     fault, *when = (os.environ.get('STAND_IN') or 'no').split()
@@ -34,14 +34,13 @@ def main() -> None:
     generator = random.Random(f'{name} {args.seed} {start}')  # a resumed run has other random numbers
     try:
         for epoch in range(start, args.epochs + args.cooldown_epochs):
-            time.sleep(args.epoch_repeats)
             top1 = 10 * (epoch + 1) + len(name) % 7 + generator.gauss(0, 1)
             with open(folder / 'summary.csv', 'a', newline='') as f:
                 if epoch == start:
                     f.write('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\r\n')
                 f.write(f'{epoch},{1 / (epoch + 1)},{2 / (epoch + 1)},{top1},{top1 + 20},0.1\r\n')
             if when == [str(args.seed), str(epoch)]:
-                os.kill(os.getpid(), int(fault))
+                time.sleep(600) if fault == 'wait' else os.kill(os.getpid(), int(fault))
             (folder / 'last.pth.tar').write_text(str(epoch))
     except KeyboardInterrupt:
         pass

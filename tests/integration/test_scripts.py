@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 import timm
 from helpers.common import TINY, realistic, serve_donor
 from helpers.hub_server import HubServer
+from timm_sepool.cli.main import main
 from timm_sepool.cli.quickstart import _next_steps
 
 pytestmark = pytest.mark.skipif(
@@ -165,6 +167,28 @@ def test_adopted(folder: Path) -> None:
     torch.save(weights, folder / 'adopted.pth')
     _, output = train(folder, 'again', *model, '--lr', 1e-12, *donor, 'adopted.pth')
     torch.testing.assert_close({k: v for k, v in last(output).items() if k in squeezes}, squeezes)
+
+
+@pytest.mark.full
+def test_compare(folder: Path, monkeypatch) -> None:
+    """Killed and restarted runs give the rows of undisturbed ones; --jobs 2 too; a resumed run ends and is marked."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    train_args = [*map(str, MODEL[2:]), *map(str, DATA), '--epochs', '2', '--crop-pct', '0.95']
+    rows = {}
+    for out, options in (('a', []), ('b', ['--restart', '--jobs', '2']), ('c', [])):
+        args = ['compare', '--out', out, '--seeds', '2', '--train-script', 'train.py', *options, '--', *train_args]
+        if out != 'a':
+            process = subprocess.Popen([sys.executable, '-m', 'timm_sepool', *args], start_new_session=True)
+            while not Path(out, 'runs', 'seresnet50', '0', 'last.pth.tar').exists():
+                assert process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL if out == 'b' else signal.SIGINT)
+            process.wait()
+        assert main(args) == 0
+        lines = Path(out, 'results.csv').read_text().splitlines()
+        rows[out] = [{**row, 'seconds': ''} for row in csv.DictReader(lines)]
+    assert rows['a'] == rows['b'] and len(rows['c']) == 10
+    assert {row['model'] for row in rows['c'] if row['resumed'] != '0'} <= {'seresnet50'}
 
 
 @pytest.mark.parametrize('options', ['', '--torchscript --channels-last'])

@@ -130,7 +130,7 @@ def command_of(plan: Plan, run: Run, restart: bool) -> Tuple[List[str], Dict[str
     model = plan.settings['models'][run.label]
     command = [*plan.command, '--model', model['model']]
     if model['model_kwargs']:
-        command += ['--model-kwargs', *(f'{k}={v}' for k, v in model['model_kwargs'].items())]
+        command += ['--model-kwargs', *model['model_kwargs']]
     command += ['--seed', str(run.seed), '--output', str(run.folder.parent), '--experiment', run.folder.name]
     resume = not restart and (run.folder / CHECKPOINT).is_file()
     if resume:

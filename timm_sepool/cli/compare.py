@@ -235,7 +235,7 @@ def make_model(text: str, options: argparse.Namespace) -> Dict[str, Any]:
     except Exception as e:  # timm's own, of any type
         raise CommandError(f'Cannot create {text}: {first_line(e)}') from e
     return dict(
-        spec=text, label=label, model=name, model_kwargs=kwargs, peer=None,
+        spec=text, label=label, model=name, model_kwargs=[f'{k}={v}' for k, v in kwargs.items()], peer=None,
         has_se=attention == 'se' or name.startswith(('seres', 'senet')),
         params=sum(p.numel() for p in model.parameters()), gmacs=round(flops.get_total_flops() / 2e9, 6),
         data={k: data[k] for k in ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')})
