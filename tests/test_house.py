@@ -6,6 +6,8 @@ from typing import Dict, Set, Tuple
 
 import timm_sepool
 
+# 3,500 for the first networks and commands, 430 for attention in networks without SE, 920 for `compare`
+LINES = 4850
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(timm_sepool.__file__).parent
 FILES = {'.'.join(path.relative_to(PACKAGE).with_suffix('').parts): path for path in PACKAGE.rglob('*.py')}
@@ -40,8 +42,8 @@ def test_imports_go_one_way() -> None:
 
 
 def test_sizes() -> None:
-    """The package (3,500 lines and 450 for attention in networks without SE), its files, and the tests against it."""
+    """The package, the largest file, and the tests against the package."""
     lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     tests = sum(len(path.read_text().splitlines()) for path in (ROOT / 'tests').rglob('*.py'))
-    assert max(lines.values()) <= 450 and sum(lines.values()) <= 3950
+    assert max(lines.values()) <= 450 and sum(lines.values()) <= LINES
     assert tests <= min(6000, 1.9 * sum(lines.values()))

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import product
@@ -23,6 +24,7 @@ import timm
 from helpers.common import TINY, realistic, serve_donor
 from helpers.hub_server import HubServer
 from helpers.runs import TINY_ARGS, push_args
+from timm_sepool.cli.main import main
 from timm_sepool.cli.quickstart import _next_steps
 
 pytestmark = pytest.mark.skipif(
@@ -171,6 +173,28 @@ def test_adopted(base: str, attention: str, new: str, count: int, folder: Path) 
     again = last(output)
     torch.testing.assert_close({k: again[k] for k in learned if 'running' not in k}, {
         k: v for k, v in learned.items() if 'running' not in k})
+
+
+@pytest.mark.full
+def test_compare(folder: Path, monkeypatch) -> None:
+    """Killed and restarted runs give the rows of undisturbed ones; --jobs 2 too; a resumed run ends and is marked."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    train_args = [*map(str, MODEL[2:]), *map(str, DATA), '--epochs', '2', '--crop-pct', '0.95']
+    rows = {}
+    for out, options in (('a', []), ('b', ['--restart', '--jobs', '2']), ('c', [])):
+        args = ['compare', '--out', out, '--seeds', '2', '--train-script', 'train.py', *options, '--', *train_args]
+        if out != 'a':
+            process = subprocess.Popen([sys.executable, '-m', 'timm_sepool', *args], start_new_session=True)
+            while not Path(out, 'runs', 'seresnet50', '0', 'last.pth.tar').exists():
+                assert process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL if out == 'b' else signal.SIGINT)
+            process.wait()
+        assert main(args) == 0
+        lines = Path(out, 'results.csv').read_text().splitlines()
+        rows[out] = [{**row, 'seconds': ''} for row in csv.DictReader(lines)]
+    assert rows['a'] == rows['b'] and len(rows['c']) == 10
+    assert {row['model'] for row in rows['c'] if row['resumed'] != '0'} <= {'seresnet50'}
 
 
 @pytest.mark.parametrize('options', ['', '--torchscript --channels-last'])

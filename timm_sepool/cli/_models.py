@@ -1,4 +1,6 @@
 """ The models and their peers: names, sizes, and figures that others have published """
+import argparse
+import re
 from difflib import get_close_matches
 from typing import Any, Dict, List, NamedTuple, Tuple
 
@@ -55,6 +57,41 @@ DONOR_RESULTS = {
     'timm/resnext101_32x4d.gluon_in1k': ((224, 80.336, 94.908),),
 }
 RESULTS_URL = 'https://github.com/huggingface/pytorch-image-models/blob/main/results/results-imagenet.csv'
+
+
+class Spec(NamedTuple):
+    """A model as users of `bench` and `compare` name it: [LABEL=]NAME[+ATTN][,KEY=VALUE...]."""
+    label: str  # can be a file name
+    name: str  # timm's, with or without tag
+    attention: str
+    kwargs: Dict[str, Any]  # model arguments
+
+
+def parse_spec(text: str) -> Spec:
+    """Parse the name of a model with its attention and arguments. Raises CommandError if timm has no such model."""
+    from timm.models import is_model, list_models
+    from timm.utils import ParseKwargs
+
+    parts, depth = [''], 0
+    for char in text:
+        depth += (char in '([{') - (char in ')]}')
+        if char == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += char
+    label, _, name = parts[0].rpartition('=')
+    name, _, attention = name.partition('+')
+    if not is_model(name):
+        raise unknown_model(name, list_models())
+    namespace = argparse.Namespace()
+    try:
+        ParseKwargs([], 'kwargs')(None, namespace, parts[1:])
+    except ValueError as e:
+        raise CommandError(f'{text!r} is not [LABEL=]NAME[+ATTN][,KEY=VALUE...].') from e
+    label = re.sub(r'[^\w.+-]+', '-', label or text, flags=re.ASCII).strip('.-')
+    if not label:
+        raise CommandError(f'The label of {text!r} needs letters or digits, because it names a folder.')
+    return Spec(label, name, attention, namespace.kwargs)
 
 
 def unknown_model(name: str, known: List[str]) -> CommandError:

@@ -75,6 +75,22 @@ def new_path(path: Path) -> Iterator[Path]:
         raise CommandError(f'Cannot write {path}: {e}. Free some disk space or choose another output path.') from e
 
 
+@contextmanager
+def replaced_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for the body to write, and replace `path` by it once the body has succeeded.
+
+    Raises CommandError if `path` cannot be written. It is as before then.
+    """
+    temporary = path.with_name(f'.{os.getpid()}-{path.name}')  # the suffix tells matplotlib the format
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        raise CommandError(f'Cannot write {path}: {e}. Free some disk space or choose another output path.') from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _rename(source: Path, target: Path) -> None:
     """Rename, or fail if another process has written the target meanwhile: os.rename would replace a file."""
     try:

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm.models import create_model, is_model, list_models
+from timm.models import create_model
 from timm.models.resnet import Bottleneck, ResNet
 
 from .. import __version__, _private
 from ..squeeze import SEPoolModule
-from ._models import unknown_model
+from ._models import parse_spec
 from ._output import CommandError, first_line
 
 PASSES = {'infer': 4, 'train': 10}  # over x, by a fused block
@@ -54,11 +54,11 @@ class ReferenceBlock(nn.Module):
 def create_network(spec: str, **kwargs) -> nn.Module:
     """Create NAME, any model of timm; NAME+ATTN, with that attention layer of timm; or NAME+reference.
 
-    Raises CommandError if timm cannot create it, or NAME+reference is not an SPSE / RGSE network.
+    Model arguments may follow (`parse_spec`). Raises CommandError if timm cannot create it, or NAME+reference is not an
+    SPSE / RGSE network.
     """
-    name, _, attn = spec.partition('+')
-    if not is_model(name):
-        raise unknown_model(name, list_models())
+    _, name, attn, own_kwargs = parse_spec(spec)
+    kwargs.update(own_kwargs)
     if attn and attn != 'reference':
         kwargs['block_args'] = dict(attn_layer=attn)
     try:

@@ -12,7 +12,7 @@ import threading
 from typing import List, Optional
 
 from .. import __version__
-from . import bench, cards, convert, imagefolder, list_models, plot, push, quickstart
+from . import bench, cards, compare, convert, imagefolder, list_models, plot, push, quickstart
 from ._output import CommandError
 
 
@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
         description="SPSE and RGSE networks for timm. To train and validate them, use timm's train.py and validate.py.")
     parser.add_argument('--version', action='version', version=f'timm_sepool {__version__}')
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for command in (quickstart, list_models, imagefolder, push, convert, plot, bench, cards):
+    for command in (quickstart, list_models, imagefolder, push, convert, plot, bench, compare, cards):
         command.add_parser(subparsers)
     return parser
 
@@ -57,7 +57,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run one command line, without the program's name, by default that of the process.
 
     Returns:
-        Exit code: 0, 2 for bad input, 130 or 143 if interrupted (SIGINT, SIGTERM), 141 if nobody reads the output.
+        Exit code: 0, 1 if a training run of `compare` has failed, 2 for bad input, 130 or 143 if interrupted (SIGINT,
+        SIGTERM), 141 if nobody reads the output.
     """
     def terminate(signum, frame) -> None:
         raise _Terminated
@@ -72,7 +73,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         try:
             args = _parser().parse_args(argv)
             command = f' {args.command}'
-            args.run(args)
+            code = args.run(args)
         finally:
             _flush_stdout()
     except BrokenPipeError:  # `timm-sepool list | head`
@@ -88,4 +89,4 @@ def main(argv: Optional[List[str]] = None) -> int:
     finally:
         if catches_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return 0
+    return code or 0
