@@ -29,8 +29,6 @@ def examples(factor: float) -> settings:
     return settings(max_examples=round(factor * settings().max_examples))
 
 
-# --- squeeze and epilogue
-
 # dimensions from the outermost, steps of the slice that the tensor is, dimensions of stride 0
 NCHW, NHWC = (((0, 1, 2, 3), (1,) * 4, ()), ((0, 2, 3, 1), (1,) * 4, ()))
 LAYOUTS = st.sampled_from((NCHW, NHWC)) | st.tuples(
@@ -120,8 +118,6 @@ def test_weighted_sum_and_kernel(drawn, layout, dtype, weights_in_float32, seed)
         assert ((a.double() - b).abs() <= 16 * torch.finfo(dtype).eps * c + torch.finfo(dtype).tiny).all()
 
 
-# --- networks
-
 FAMILIES = st.sampled_from(('rgse_resnet50', 'spse_resnet50'))
 TOPOLOGIES = st.fixed_dictionaries(dict(
     layers=st.tuples(*[st.integers(1, 2)] * 4), channels=st.tuples(*[st.sampled_from((8, 16, 24))] * 4),
@@ -157,21 +153,15 @@ def test_network_in_eval_mode(name, kwargs, stride, in_chans, batch, size, seed)
             torch.testing.assert_close(other, logits, rtol=1e-9, atol=1e-9)
 
 
-# --- checkpoints
-
-@pytest.fixture(scope='module')
-def file(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp('checkpoints') / 'checkpoint.safetensors')
-
-
 @examples(0.5)
 @given(FAMILIES, TOPOLOGIES, st.sampled_from(('native', 'donor')), st.integers(1, 12), st.just(-1) | st.integers(1, 12))
-def test_classifier_of_a_file(file, name, kwargs, kind, classes, declared) -> None:
+def test_classifier_of_a_file(tmp_path_factory, name, kwargs, kind, classes, declared) -> None:
     """Loaded where the config declares as many classes as the network has, else new; -1 is train.py's declaration."""
     model, own = tiny(name, **kwargs), kwargs['num_classes']
     state_dict = {k: v.contiguous() for k, v in model.state_dict().items() if kind == 'native' or '.se.' not in k}
+    file = tmp_path_factory.getbasetemp() / 'random.safetensors'
     safetensors.torch.save_file(state_dict, file)
-    overlay = dict(file=file, num_classes=declared, first_conv='conv1.0' if kwargs['stem_type'] else 'conv1')
+    overlay = dict(file=str(file), num_classes=declared, first_conv='conv1.0' if kwargs['stem_type'] else 'conv1')
     load = partial(
         timm.create_model, name, pretrained=True, pretrained_cfg_overlay=overlay, **{**kwargs, 'num_classes': classes})
     if declared >= 0 and own not in (classes, declared):
