@@ -82,16 +82,17 @@ def test_pretrained_strict(source: str, sources, caplog) -> None:
     state_dict = sources[source]
     load = lambda state_dict, **kwargs: create(pretrained_cfg_overlay=dict(state_dict=state_dict), **kwargs)  # noqa: E731
     extra = {**state_dict, 'extra': torch.zeros(3, dtype=torch.long)}
+    missing = {k: v for k, v in state_dict.items() if k not in (KEY, 'layer3.0.bn3.weight')}
     for kwargs in ({}, dict(num_classes=7), dict(features_only=True)):
-        with pytest.raises(RuntimeError, match=r'floats: extra\)'):
-            load(extra, **kwargs)
+        for match, bad in (
+                (r'floats: extra\)', extra), (f'missing tensors: {KEY}, layer3.0.bn3.weight', missing),
+                (f'another shape: {KEY}', {**state_dict, KEY: state_dict[KEY].flatten()})):
+            with pytest.raises(RuntimeError, match=match):
+                load(bad, **kwargs)
         model = load(extra, pretrained_strict=False, **kwargs)
         assert torch.equal(model.conv1.weight, state_dict['conv1.weight'])
         assert 'Unexpected keys (extra) found' in caplog.text
         caplog.clear()
-    missing = {k: v for k, v in state_dict.items() if k not in (KEY, 'layer3.0.bn3.weight')}
-    with pytest.raises(RuntimeError, match='missing tensors: layer2.0.conv1.weight, layer3.0.bn3.weight'):
-        load(missing)
     model = load(missing, pretrained_strict=False)
     assert not torch.equal(model.state_dict()[KEY], state_dict[KEY]) and (model.layer3[0].bn3.weight == 1).all()
     assert torch.equal(model.layer1[0].bn3.weight, state_dict['layer1.0.bn3.weight'] * (2 if source == 'donor' else 1))

@@ -123,7 +123,7 @@ def test_compile_many_sizes(dynamic: Optional[bool], batches: Tuple[int, ...]) -
 
 
 @pytest.mark.parametrize('module', [SPSEModule(8), RGSEModule(8, grid=4)], ids=['spse', 'rgse'])
-def test_compile_static_sizes(module: nn.Module) -> None:
+def test_compile_static_sizes_and_export_in_train_mode(module: nn.Module) -> None:
     """Static graphs pool where the grid divides the map: they build no window matrices, which dynamic graphs need.
     Torch that reports every compilation as an export (2.5 and 2.7) gets the dynamic form for all graphs."""
     is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
@@ -134,12 +134,8 @@ def test_compile_static_sizes(module: nn.Module) -> None:
         assert len(graphs) == number
         for graph in graphs:
             assert any(n.target is torch.arange for n in graph.graph.nodes) == (always or dynamic is True)
-
-
-@pytest.mark.parametrize('module', [SPSEModule(8), RGSEModule(8, grid=4)], ids=['spse', 'rgse'])
-def test_export_in_train_mode(module: nn.Module) -> None:
-    """It leaves the norm's statistics and mode as they were."""
+    # an export in train mode leaves the norm's statistics and mode as they were
     before = copy.deepcopy(module.state_dict())
-    torch.export.export(module.train(), (torch.randn(2, 8, 16, 16),))
+    torch.export.export(module.train(), tuple(inputs[:1]))
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert isinstance(module.bn, nn.BatchNorm2d) and module.bn.training

@@ -53,6 +53,13 @@ def test_wheel(wheel: zipfile.ZipFile) -> None:
     entry_points = wheel.read(f'{INFO}/entry_points.txt').decode()
     assert 'timm-sepool = timm_sepool.cli.main:main' in entry_points
     assert 'timm_sepool = timm_sepool._autoload:install' in entry_points
+    data = Parser().parsestr(wheel.read(f'{INFO}/METADATA').decode())
+    assert data['Version'] == timm_sepool.__version__
+    assert data['License-Expression'] == 'Apache-2.0'
+    required = {r.split('>')[0].strip() for r in data.get_all('Requires-Dist', []) if 'extra ==' not in r}
+    assert {name.replace('-', '_') for name in required} == {'torch', 'timm', 'huggingface_hub', 'safetensors'}
+    assert data['Description-Content-Type'] == 'text/markdown'
+    assert data.get_payload().strip() == (ROOT / 'README.md').read_text().strip()
 
 
 def test_installed(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
@@ -61,16 +68,6 @@ def test_installed(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     run(install, tmp_path)
     check = f'import timm_sepool; assert timm_sepool.__file__.startswith({str(target)!r})'
     assert run_python('import timm', CHECK, check, cwd=tmp_path, path=[target]) == ''
-
-
-def test_metadata(wheel: zipfile.ZipFile) -> None:
-    data = Parser().parsestr(wheel.read(f'{INFO}/METADATA').decode())
-    assert data['Version'] == timm_sepool.__version__
-    assert data['License-Expression'] == 'Apache-2.0'
-    required = {r.split('>')[0].strip() for r in data.get_all('Requires-Dist', []) if 'extra ==' not in r}
-    assert {name.replace('-', '_') for name in required} == {'torch', 'timm', 'huggingface_hub', 'safetensors'}
-    assert data['Description-Content-Type'] == 'text/markdown'
-    assert data.get_payload().strip() == (ROOT / 'README.md').read_text().strip()
 
 
 def test_sdist(dist: Path) -> None:
