@@ -34,6 +34,7 @@ def fork(args: List[str]) -> int:
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
         os._exit(main(args))
     return pid
 

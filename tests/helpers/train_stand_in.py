@@ -7,6 +7,7 @@ checkpoint of that epoch.
 import argparse
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -47,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -253,6 +253,6 @@ def draw_differences(models: Dict[str, Any], differences: Dict[str, Difference])
             ax.plot([d.low, d.high], [y, y], color=color)
         ax.axvline(0., color='black', linewidth=0.8)
         ax.set_yticks(range(len(found)), list(found))
-        ax.set_ylim(len(found) - 0.5, -0.5)  # the first model on top
+        ax.set_ylim(max(1, len(found)) - 0.5, -0.5)  # the first model on top
         ax.set_xlabel(f'top-1 minus that of {peer} (points), 95 % interval')
     return figure
