@@ -224,6 +224,7 @@ class Attended:
     """Mixin for the class of a module whose output goes through its child `attention`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale the output (B, C, H, W) of the module's own forward."""
         return self.attention(self.forward_base(x))  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol):
@@ -236,6 +237,7 @@ class _AttendedDict(Attended):
     """The forward of a ModuleDict iterates over its children."""
 
     def items(self):
+        """The children but for the attention; keys and values likewise."""
         return [(key, module) for key, module in self._modules.items() if key != 'attention']  # type: ignore
 
     def keys(self):
