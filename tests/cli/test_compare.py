@@ -77,7 +77,7 @@ def test_runs(undisturbed, capsys) -> None:
     assert re.search(r'20 runs: 11 finished, 9 to train; .* 128 x 1 .*\nabout 0.00 hours', capsys.readouterr().out)
 
 
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize('how', [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_interruption(how: int, undisturbed, monkeypatch) -> None:
     """--restart gives what an undisturbed run gives; without it all runs end, and the resumed one is marked."""
     out, again = f'broken{how}', f'resumed{how}'
