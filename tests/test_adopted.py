@@ -45,7 +45,7 @@ INSERTED: Dict[str, Tuple[str, Dict[str, Any], Dict[str, Any]]] = {
     'xception41': ('rgse', dict(modules=['blocks.*']), {}), 'resnetv2_50': ('se', dict(modules=['stages.*']), {})}
 # efficientvit of older timm and haloregnetz take one size, tresnet multiples of 4, the others are built for a size
 SIZES = {'efficientvit_m0': ((224, 224),), 'haloregnetz_b': ((224, 224),), 'tresnet_m': ((64, 64), (68, 100)),
-         'gcvit_xxtiny': ((96, 96),), 'test_maxvit': ((96, 96),)}
+         'gcvit_xxtiny': ((96, 96),), 'test_maxvit': ((96, 96),), 'hrnet_w18_small': ((96, 96), (96, 128))}
 # parameters added by rgse and spse, and those of the base, as README and docs/adopt.md give them
 ADDED = {'regnety_032': (56_448, 214_704, 19.4e6), 'efficientnet_b0': (41_792, 188_160, 5.3e6),
          'legacy_senet154': (262_144, 1_005_312, 115e6)}
