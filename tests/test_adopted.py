@@ -395,7 +395,7 @@ def test_features(base: str, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     overlay = dict(file=str(tmp_path / 'model.pth'))
     features = timm.create_model('adopted', True, pretrained_cfg_overlay=overlay, features_only=True, **args).eval()
-    x, outputs = images(1, 97, 131), []
+    x, outputs = images(1, *SIZES.get(base, [(97, 131)])[-1]), []
     maps = features(x)
     assert [m.shape[1] for m in maps] == features.feature_info.channels()
     for module in model.modules():
