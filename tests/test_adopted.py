@@ -117,10 +117,7 @@ def test_architectures() -> None:
     """What becomes of each network, and its new names and shapes by formula, on the meta device."""
     kinds: Dict[str, Dict[str, int]] = {kind: {} for kind in ('SE', 'inserted', 'named', 'refused')}
     for name in set(timm.list_models() if FULL else [*ADDED, *COUNTED]) - {*NAMES, 'adopted'}:
-        try:
-            original = build(name)
-        except NotImplementedError:  # older timm computes the widths of RegNets by tensors
-            original = timm.create_model(name).to('meta')
+        original = build(name)
         size = original.pretrained_cfg['input_size']
         before = {k: tuple(v.shape) for k, v in original.state_dict().items()}
         if se_modules(original):
@@ -473,8 +470,7 @@ def test_learns_positions(squeeze: str) -> None:
 
 def build(name: str, attn: Any = None, **last_se) -> nn.Module:
     """On the meta device, with changed attributes of the last SE module: those before it can be adopted."""
-    with torch.device('meta'):
-        model = timm.create_model(name, **(dict(block_args=dict(attn_layer=attn)) if attn else {}))
+    model = timm.create_model(name, device='meta', **(dict(block_args=dict(attn_layer=attn)) if attn else {}))
     for key, value in last_se.items():
         setattr(list(se_modules(model).values())[-1], key, value)
     return model

@@ -115,6 +115,14 @@ def check_model(name: str) -> str:
     return arch
 
 
+def create_on_meta(name: str, **kwargs) -> Any:
+    """Create a model of timm on the meta device, without memory or weights."""
+    from timm.models import create_model
+
+    # timm 1.0.26 cannot build RegNets inside `with torch.device('meta')`
+    return create_model(name, device='meta', **kwargs)
+
+
 def model_stats(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **kwargs) -> Dict[str, Any]:
     """Sizes of any timm model for one image (C, H, W), counted without allocating memory or loading weights.
 
@@ -126,16 +134,13 @@ def model_stats(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **k
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from timm.models import create_model
-
     activations = 0
 
     def count(module, args, output) -> None:
         nonlocal activations
         activations += output.numel()
 
-    # timm 1.0.26 cannot build RegNets inside `with torch.device('meta')`
-    model: Any = create_model(name, in_chans=input_size[0], device='meta', **kwargs).eval()
+    model = create_on_meta(name, in_chans=input_size[0], **kwargs).eval()
     with torch.device('meta'), torch.no_grad():
         x = torch.empty(1, *input_size)
         hooks = [

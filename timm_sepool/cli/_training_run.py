@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from timm.data import create_transform, resolve_data_config
-from timm.models import clean_state_dict, create_model, get_arch_name, get_pretrained_cfg, load_model_config_from_hf
+from timm.models import clean_state_dict, get_arch_name, get_pretrained_cfg, load_model_config_from_hf
 
 from ..checkpoints import checkpoint_filter_fn
 from ..squeeze import SEPoolModule
 from ._arguments import PREPROCESSING_FLAGS
+from ._models import create_on_meta
 from ._output import CommandError, first_line
 
 PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
@@ -156,8 +157,7 @@ def load_trained(
             kwargs['in_chans'] = run_args.get('in_chans') or (run_args.get('input_size') or (3,))[0]
         elif getattr(first_conv, 'ndim', 0) == 4:
             kwargs['in_chans'] = first_conv.shape[1]
-        # timm 1.0.26 cannot build RegNets inside `with torch.device('meta')`
-        model: Any = create_model(run_args['model'] if run_args else name, device='meta', **kwargs)
+        model = create_on_meta(run_args['model'] if run_args else name, **kwargs)
     except Exception as e:  # a foreign constructor can raise any
         raise CommandError(f'{arch} cannot be created with {kwargs}: {first_line(e)}{hint}') from e
     is_sepool = any(isinstance(module, SEPoolModule) for module in model.modules())

@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional
 from ._arguments import ModelKwargs
 from ._comparison import check_libraries, differing_preprocessing, write_report
 from ._comparison_runs import Plan, Run, describe, locked, train
-from ._models import TABLE, parse_spec
+from ._models import TABLE, create_on_meta, parse_spec
 from ._output import CommandError, first_line, replaced_path
 
 DEFAULT_MODELS = ('resnet50', 'seresnet50', 'resnet50+cbam', 'spse_resnet50', 'rgse_resnet50')
@@ -209,7 +209,7 @@ def make_model(text: str, options: argparse.Namespace) -> Dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from timm.data import resolve_data_config
-    from timm.models import ResNet, create_model, get_pretrained_cfg
+    from timm.models import ResNet, get_pretrained_cfg
 
     label, name, attention, own_kwargs = parse_spec(text)
     kwargs = {**options.model_kwargs, **own_kwargs}
@@ -221,17 +221,16 @@ def make_model(text: str, options: argparse.Namespace) -> Dict[str, Any]:
     head = dict(num_classes=options.num_classes, global_pool=options.gp, in_chans=in_chans)
     model: Any = None
     try:
-        with torch.device('meta'), torch.no_grad():
-            if attention in TIMM_ATTENTIONS and not options.pretrained and 'modules' not in kwargs:
-                model = create_model(name, **head, **kwargs)
-            if isinstance(model, ResNet) and all(getattr(m, 'se', None) is None for m in model.modules()):
-                kwargs['block_args'] = {**kwargs.get('block_args', {}), 'attn_layer': attention}
-            elif attention:
-                name, kwargs = 'adopted', {'base': name, 'attention': attention, **kwargs}
-            model = create_model(name, **head, **kwargs).eval()
-            data = resolve_data_config(vars(options), model=model)
-            with FlopCounterMode(display=False) as flops:
-                model(torch.empty(1, *data['input_size']))
+        if attention in TIMM_ATTENTIONS and not options.pretrained and 'modules' not in kwargs:
+            model = create_on_meta(name, **head, **kwargs)
+        if isinstance(model, ResNet) and all(getattr(m, 'se', None) is None for m in model.modules()):
+            kwargs['block_args'] = {**kwargs.get('block_args', {}), 'attn_layer': attention}
+        elif attention:
+            name, kwargs = 'adopted', {'base': name, 'attention': attention, **kwargs}
+        model = create_on_meta(name, **head, **kwargs).eval()
+        data = resolve_data_config(vars(options), model=model)
+        with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as flops:
+            model(torch.empty(1, *data['input_size']))
     except Exception as e:  # timm's own, of any type
         raise CommandError(f'Cannot create {text}: {first_line(e)}') from e
     return dict(
