@@ -28,6 +28,7 @@ from torch import nn
 import timm
 from timm_sepool import adopt
 from timm_sepool.adopted import UnitGate
+from timm_sepool.cli._comparison import holm
 from timm_sepool.squeeze import SEPoolModule
 
 DOCS = Path(__file__).parent
@@ -163,14 +164,6 @@ def run(seed: int, arms: Sequence[str], folder: Path) -> Rows:
 def interval(values: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     """Mean over the seeds (axis 0) and half the width of its 95 % t interval."""
     return values.mean(0), stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
-
-
-def holm(p_values: Sequence[float]) -> List[float]:
-    """p values adjusted for their number by Holm's method."""
-    adjusted, largest = [0.] * len(p_values), 0.
-    for rank, i in enumerate(np.argsort(p_values)):
-        largest = adjusted[i] = max(largest, min(1., (len(p_values) - rank) * p_values[i]))
-    return adjusted
 
 
 def curves(rows: Rows, images: int, regime: str, arm: str) -> np.ndarray:

@@ -40,6 +40,7 @@ INSERTED: Dict[str, Tuple[str, Dict[str, Any], Dict[str, Any]]] = {
     'cspresnet50': ('cbam', {}, {}), 'repvgg_a0': ('eca', {}, {}), 'nf_resnet26': ('cbam', {}, {}),
     'vgg11': ('coord', {}, {}), 'vgg11_bn': ('spse', dict(norm=True), {}), 'inception_v3': ('cbam', {}, {}),
     'inception_v4': ('rgse', {}, {}), 'inception_resnet_v2': ('spse', {}, {}),
+    'cspnext_l': ('se', {}, dict(channel_attention=False)),  # whose slot is called attention
     'densenet121': ('cbam', dict(modules=['features.denseblock*']), {}),
     'convnext_atto': ('coord', dict(modules='stages.*'), {}),
     'xception41': ('rgse', dict(modules=['blocks.*']), {}), 'resnetv2_50': ('se', dict(modules=['stages.*']), {})}

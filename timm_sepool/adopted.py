@@ -34,7 +34,6 @@ from ._private import SqueezeExcite
 __all__ = ['adopt', 'RGSqueeze', 'SPSqueeze', 'UnitGate']
 
 ATTENTIONS = ('se', 'spse', 'rgse', 'eca', 'cbam', 'coord')
-NORM = False
 
 
 class RGSqueeze(nn.Module):
@@ -303,7 +302,7 @@ def adopt(
         raise ValueError(
             "norm is an option of inserted 'rgse' and 'spse' blocks. Leave it out here: SE blocks that a model has "
             'stay without norm, so that the model computes what it did.')
-    blocks = {} if squeezes else _new_blocks(model, attention, input_size, modules, NORM if norm is None else norm)
+    blocks = {} if squeezes else _new_blocks(model, attention, input_size, modules, bool(norm))
 
     # nothing fails from here on, so that no model is left half adopted
     for module, local_squeeze in squeezes.items():

@@ -30,6 +30,7 @@ _SLOTS = {
     'timm.models.vovnet': ('attn',),
 }
 
+
 class Place(NamedTuple):
     """A slot of a module or, where slot is None, its output."""
     path: str
@@ -58,20 +59,20 @@ def _empty_slots(model: nn.Module) -> Iterator[Place]:
 
 def _known_outputs(model: nn.Module) -> Iterator[Place]:
     for prefix, net in model.named_modules():
-        modules = {path: m for path, m in net.named_modules(prefix=prefix) if path != prefix}
         if isinstance(net, models.VGG):
             layers = list(net.features.named_children())
-            for i, (_, layer) in enumerate(layers):
+            for i, (name, layer) in enumerate(layers):
                 # a convolution ends with its norm and activation, before the next one or the pooling
                 ends = i + 1 == len(layers) or isinstance(layers[i + 1][1], (nn.Conv2d, nn.MaxPool2d))
                 if ends and not isinstance(layer, nn.MaxPool2d):
-                    yield Place(f'{prefix}.features.{layers[i][0]}'.removeprefix('.'), layer)
+                    yield Place(f'{prefix}.features.{name}'.removeprefix('.'), layer)
         elif isinstance(net, models.InceptionV3):
-            yield from (Place(k, m) for k, m in modules.items() if k.rpartition('.')[2].startswith('Mixed_'))
+            yield from (Place(f'{prefix}.{k}'.removeprefix('.'), m) for k, m in net.named_children() if 'Mixed_' in k)
         elif isinstance(net, models.InceptionV4):
-            yield from (Place(k, m) for k, m in modules.items() if type(m).__name__.startswith('Inception'))
+            yield from (Place(f'{prefix}.features.{k}'.removeprefix('.'), m) for k, m in net.features.named_children()
+                        if type(m).__name__.startswith('Inception'))
         elif isinstance(net, models.InceptionResnetV2):
-            yield from (Place(k, m) for k, m in modules.items() if k.endswith('.conv2d'))
+            yield from (Place(k, m) for k, m in net.named_modules(prefix=prefix) if k.endswith('.conv2d'))
 
 
 def _named_outputs(model: nn.Module, patterns: Union[str, Sequence[str]]) -> Iterator[Place]:
@@ -289,6 +290,7 @@ def attach_to_features(
     holder = targets.get(name, nn.Identity())
     is_pruned = isinstance(holder, nn.Sequential) and not len(holder)
     if type(holder) is getattr(owner, 'base_class', type(owner)) and not is_pruned:
-        attach(Place(parent, holder, None if slot == 'attention' else slot), block)
+        # the block at the output of a module is its child too
+        attach(Place(parent, holder, None if isinstance(owner, (Attended, nn.Sequential)) else slot), block)
     elif any(target.startswith(f'{name}_') for target in targets):
         raise ValueError(f'features_only takes {parent} apart and would lose its attention. Name modules in it.')
