@@ -1,19 +1,23 @@
 """ `timm-sepool compare` with a stand-in for train.py; integration/test_scripts.py has the real one """
 import csv
+import errno
 import itertools
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
 import pytest
+import torch
 
 from timm_sepool.cli import _comparison, compare
 from timm_sepool.cli._comparison_runs import Run, locked, read_progress
@@ -74,7 +78,7 @@ def test_runs(undisturbed, capsys) -> None:
     out, err = capsys.readouterr()
     assert re.findall(r'\[\d/6\] (.), seed (\d)', err) == [('x', '0'), ('x', '1'), ('w', '2'), ('x', '2')]
     assert not list(run.glob('*.tar')) and '| x  ' in out and main(argv('undisturbed', '--dry-run', '--seeds', 4)) == 0
-    assert re.search(r'20 runs: 11 finished, 9 to train; .* 128 x 1 .*\nabout 0.00 hours', capsys.readouterr().out)
+    assert re.search(r'runs: 11 finished, 9 to train; .* 128 x 1 .*\nabout 1 min with', capsys.readouterr().out)
 
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
@@ -94,7 +98,7 @@ def test_interruption(how: int, undisturbed, monkeypatch) -> None:
     assert main(argv(again, '--jobs', 5)) == 0 and len(results(again)) == 10
     assert [r['model'] + r['seed'] for r in results(again) if r['resumed'] != '0'] == ['resnet181']
     assert Path(again, 'runs', 'resnet18', '1', 'summary.csv').read_text().count('epoch,') == 2  # train.py's habit
-    assert '1 of 10 runs were resumed' in Path(again, 'report.md').read_text()
+    assert '1 of 10 runs were resumed. train.py does not' in Path(again, 'report.md').read_text()
 
 
 def test_shards_and_locks(undisturbed, capsys) -> None:
@@ -118,6 +122,36 @@ def test_failures(fault: str, message: str, capsys, monkeypatch) -> None:
     assert err.count(f'train.py {message}') == 2 and '    training with ' in err
     monkeypatch.delenv('STAND_IN')
     assert main(args) == 0 and len(results(fault)) == 4
+
+
+def test_full_disk(undisturbed, monkeypatch, capsys) -> None:
+    """One error; what is finished stays, and the repeated command gives the rest."""
+    write, starts = Path.write_text, itertools.count()
+
+    def write_text(path: Path, text: str, **kwargs) -> int:
+        if '"began"' in text and next(starts) == 8:  # the fifth run starts
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return write(path, text, **kwargs)
+
+    monkeypatch.setattr(Path, 'write_text', write_text)
+    assert main(argv('full')) == 2
+    *_, told, error = capsys.readouterr().err.splitlines()
+    assert '4 of 10 runs finished' in told and 'full/runs/w/0/starts.json: [Errno 28] No space' in error
+    assert main(argv('full')) == 0 and results('full') == undisturbed
+
+
+def test_terminal() -> None:
+    """A bar over all runs instead of a line a run."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')  # not pytest's
+        os.system('stty rows 24 cols 80')
+        os._exit(main(argv('terminal', models=MODELS[:1])))
+    shown = b''
+    with suppress(OSError):  # how a terminal ends
+        while chunk := os.read(fd, 4096):
+            shown += chunk
+    assert os.waitpid(pid, 0)[1] == 0 and b'| 2.0/2 runs [' in shown and b', seed' not in shown
 
 
 @pytest.mark.parametrize('text,top1,damaged', [
@@ -189,8 +223,17 @@ def test_commands(monkeypatch, capsys) -> None:
             ['base=resnet18', f'attention={a}', 'zero_init_last=False'] for a in ('rgse', 'se'))]
     docs = (ROOT / 'docs' / 'training.md').read_text().replace('\\\n', '')
     assert compare.PAPER_RECIPE.split() == shlex.split(re.findall(r'--model rgse_resnet50 (--opt .*)', docs)[0])
-    assert main(argv('torchrun', '--nproc', 2, '--seeds', 1, models=['resnet18'])) == 0
-    assert Path('torchrun/runs/resnet18/0/train.log').read_text().count('training with') == 1  # of rank 0
+    Path('config.yaml').write_text('{data_dir: data, pretrained: true, num_classes: 2}')
+    options = compare.parse_train_args(['-c', 'config.yaml', '--num-classes', '3'])
+    assert (options.data_dir, options.pretrained, options.num_classes) == ('data', True, 3)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6,7')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    train = [*TRAIN, '--device', 'cuda']
+    assert main(argv('torchrun', '--nproc', 2, '--jobs', 2, '--seeds', 1, models=MODELS[:2], train=train)) == 0
+    runs = [Path('torchrun/runs', name, '0') for name in MODELS[:2]]
+    assert [(run / 'train.log').read_text().count('training with') for run in runs] == [1, 1]  # of rank 0
+    assert [json.loads((run / 'starts.json').read_text())[0]['env']['CUDA_VISIBLE_DEVICES'] for run in runs] == [
+        '4,5', '6,7']
 
 
 @pytest.mark.parametrize('options,train,message', [
@@ -201,10 +244,13 @@ def test_commands(monkeypatch, capsys) -> None:
     (['--models', 'a=resnet18', 'a=resnet34'], '', 'Two models have the same label'),
     (['--models', 'resnet50t'], '--pretrained', 'resnet50t has no pretrained weights'),
     (['--nproc', '99'], '--device cuda', 'needs 99 GPUs'),
+    ([], '-c no.yaml', "Cannot read train.py's config no.yaml"), ([], '-c resume.yaml', 'resume.yaml sets resume'),
+    ([], '--pretrained-path no.pth', 'The file no.pth does not exist'),
     (['--out', 'undisturbed'], '--epochs 9', "was made with train.py's arguments"),
     (['--out', 'undisturbed', '--models', 'w=resnet34'], '', 'w is w=resnet18,layers=(1,1,1,1) in undisturbed'),
     *(([], f'{o} 1', f'{o}: compare sets') for o in ('--model', '--seed', '--outp', '--experiment', '--resume'))])
 def test_bad_input(options: List[str], train: str, message: str, undisturbed, capsys) -> None:
+    Path('resume.yaml').write_text('resume: last.pth.tar')
     before = sorted(Path().rglob('*'))
     assert main(argv('bad', *options, train=[*TRAIN, *train.split()])) == 2
     err = capsys.readouterr().err

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 from typing import Any, Dict, List
@@ -177,23 +178,32 @@ def test_adopted(base: str, attention: str, new: str, count: int, folder: Path) 
 
 @pytest.mark.full
 def test_compare(folder: Path, monkeypatch) -> None:
-    """Killed and restarted runs give the rows of undisturbed ones; --jobs 2 too; a resumed run ends and is marked."""
+    """Broken and restarted runs give the rows of undisturbed ones, two shards too. Resumed runs end and are marked."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     train_args = [*map(str, MODEL[2:]), *map(str, DATA), '--epochs', '2', '--crop-pct', '0.95']
-    rows = {}
-    for out, options in (('a', []), ('b', ['--restart', '--jobs', '2']), ('c', [])):
+
+    def start(out: str, *options: str) -> subprocess.Popen:
         args = ['compare', '--out', out, '--seeds', '2', '--train-script', 'train.py', *options, '--', *train_args]
-        if out != 'a':
-            process = subprocess.Popen([sys.executable, '-m', 'timm_sepool', *args], start_new_session=True)
+        return subprocess.Popen([sys.executable, '-m', 'timm_sepool', *args], start_new_session=True)
+
+    rows = {}
+    for out, how, shards in (
+            ('a', None, 1), ('b', signal.SIGKILL, 1), ('c', signal.SIGINT, 1), ('d', signal.SIGINT, 2)):
+        if how:
+            process = start(out)
             while not Path(out, 'runs', 'seresnet50', '0', 'last.pth.tar').exists():
                 assert process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL if out == 'b' else signal.SIGINT)
+                time.sleep(0.1)
+            os.killpg(process.pid, how)
             process.wait()
-        assert main(args) == 0
+        options = {'b': ['--restart', '--jobs', '2'], 'd': ['--restart']}.get(out, [])
+        processes = [start(out, *options, '--shard', f'{i + 1}/{shards}') for i in range(shards)]
+        assert [process.wait() for process in processes] == [0] * shards
+        assert main(['compare', '--out', out, '--report']) == 0
         lines = Path(out, 'results.csv').read_text().splitlines()
         rows[out] = [{**row, 'seconds': ''} for row in csv.DictReader(lines)]
-    assert rows['a'] == rows['b'] and len(rows['c']) == 10
+    assert rows['a'] == rows['b'] == rows['d'] and len(rows['c']) == 10
     assert {row['model'] for row in rows['c'] if row['resumed'] != '0'} <= {'seresnet50'}
 
 

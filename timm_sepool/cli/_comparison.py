@@ -124,9 +124,11 @@ def write_report(out: Path, settings: Dict[str, Any]) -> str:
     corrected = dict(zip(differences, holm([d.p for d in differences.values()])))
     num_resumed = sum(r['resumed'] > 0 for r in rows)
     if num_resumed:
-        notes.insert(0, f'{num_resumed} of {len(rows)} runs were resumed, so their random numbers are others.')
+        notes.insert(0, (
+            f'{num_resumed} of {len(rows)} runs were resumed. train.py does not restore its random state, so they '
+            'differ from undisturbed runs. --restart avoids it.'))
     text = '\n'.join([
-        f'# Accuracy of {len(models)} models', '', f'`train.py {shlex.join(settings["train_args"])}`', '',
+        '# Accuracy by model', '', f'`train.py {shlex.join(settings["train_args"])}`', '',
         *table(settings, values, differences, corrected), '', conclusion(models, differences, corrected), '', *(
             f'- {note}' for note in [*EXPLANATIONS, *differing_preprocessing(settings), *notes])])
     with replaced_path(out / 'results.csv') as path, open(path, 'w', newline='', encoding='utf-8') as f:
@@ -180,11 +182,16 @@ def conclusion(models: Dict[str, Any], differences: Dict[str, Difference], corre
                 if corrected[k] < LEVEL and sign * d.mean > 0 and models[k]['peer'] == peer]
             if names:
                 parts.append(f'{", ".join(names)} {"are" if len(names) > 1 else "is"} {word} than {peer}')
-    unclear = [f'{k} ({d.low:+.2f} to {d.high:+.2f})' for k, d in tested.items() if corrected[k] >= LEVEL]
+    unclear = {k: f'{k} ({d.low:+.2f} to {d.high:+.2f})' for k, d in tested.items() if corrected[k] >= LEVEL}
+    beside_zero = [unclear.pop(k) for k in [*unclear] if tested[k].low > 0 or tested[k].high < 0]
+    if beside_zero:
+        parts.append(
+            f'{", ".join(beside_zero)} may differ: zero is outside the interval, but the corrected p is not below '
+            f'{LEVEL}')
     if unclear:
         parts.append(
-            f'no difference is shown for {", ".join(unclear)}, which is not equality: the results still allow the '
-            'differences in these intervals (points)')
+            f'no difference is shown for {", ".join(unclear.values())}, which is not equality: the results still allow '
+            'the differences in these intervals (points)')
     text = 'With these images and these arguments of train.py, ' + '; '.join(parts) + '.'
     seeds = max(d.seeds for d in tested.values())
     enough = next(n for n in itertools.count(2) if smallest_p(n, n) * len(tested) < LEVEL)

@@ -1,5 +1,6 @@
 """ The runs of `timm-sepool compare`: processes of timm's train.py, started, resumed, watched and ended """
 import json
+import math
 import os
 import shlex
 import shutil
@@ -147,13 +148,14 @@ def describe(plan: Plan, wanted: List[Run], restart: bool) -> str:
         lines.append(' '.join([*(f'{k}={v}' for k, v in env.items()), shlex.join(command)]))
     nproc = plan.settings['nproc']
     lines.append(
-        f'{len(wanted)} runs: {len(finished)} finished, {len(missing)} to train; images in a step: {plan.batch_size} x '
+        f'runs: {len(finished)} finished, {len(missing)} to train; images in a step: {plan.batch_size} x '
         f'{nproc} process{"es" * (nproc > 1)} = {plan.batch_size * nproc}')
     times = {run: sum(s['seconds'] for s in run.starts()) for run in finished}
     if times:
         of_model = [[t for r, t in times.items() if r.label == run.label] or [*times.values()] for run in missing]
-        hours = sum(sum(t) / len(t) for t in of_model) / plan.jobs / 3600
-        lines.append(f'about {hours:.2f} hours with --jobs {plan.jobs}, by the {len(times)} finished runs')
+        minutes = sum(sum(t) / len(t) for t in of_model) / plan.jobs / 60
+        time_left = f'{minutes / 60:.1f} hours' if minutes >= 90 else f'{math.ceil(minutes)} min'
+        lines.append(f'about {time_left} with --jobs {plan.jobs}, by the times of the finished runs')
     return '\n'.join(lines)
 
 
@@ -224,7 +226,7 @@ def train(plan: Plan, wanted: List[Run], restart: bool) -> int:
             total=total, initial=done, disable=None,  # None: on a terminal only
             bar_format='{percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]'))
         if bar.disable:
-            print(f'timm-sepool compare: {total} runs, {done} finished', file=sys.stderr, flush=True)
+            print(f'timm-sepool compare: {done} of {total} runs finished', file=sys.stderr, flush=True)
         try:
             while todo or jobs:
                 for slot in range(plan.jobs):
@@ -244,8 +246,8 @@ def train(plan: Plan, wanted: List[Run], restart: bool) -> int:
             _end(list(jobs.values()))
             finished = sum(read_progress(run).finished for run in wanted)
             print(
-                f'timm-sepool compare: {finished} of {total} runs are finished. Repeat the command to continue; with '
-                '--restart broken runs start anew.', file=sys.stderr)
+                f'timm-sepool compare: {finished} of {total} runs finished. Repeat the command to continue; '
+                'with --restart broken runs start anew.', file=sys.stderr)
             raise
     return failed
 

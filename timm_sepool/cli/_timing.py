@@ -60,7 +60,7 @@ def create_network(spec: str, **kwargs) -> nn.Module:
     _, name, attn, own_kwargs = parse_spec(spec)
     kwargs.update(own_kwargs)
     if attn and attn != 'reference':
-        kwargs['block_args'] = dict(attn_layer=attn)
+        kwargs['block_args'] = {**kwargs.get('block_args', {}), 'attn_layer': attn}
     try:
         model = create_model(name, **kwargs)
     except Exception as e:  # timm's own, of any type

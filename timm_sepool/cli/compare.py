@@ -138,8 +138,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             models[label]['peer'] = labels[i // 5 * 5 + 1]  # the second row of each backbone is its SE network
     threads = int(os.environ.get('OMP_NUM_THREADS') or max(1, (os.cpu_count() or 1) // args.nproc))
     settings = dict(
-        train_args=train_args, nproc=args.nproc, data_dir=str(Path(options.data_dir or '').resolve()), threads=threads,
-        imagenet=_is_imagenet(options), models=models)
+        train_args=train_args, nproc=args.nproc, threads=threads, imagenet=_is_imagenet(options), models=models)
     _merge(args.out, settings, known)
     if not args.paper:
         peers = [m['peer'] for m in settings['models'].values() if m['peer']]
@@ -289,7 +288,7 @@ def _merge(out: Path, settings: Dict[str, Any], known: Optional[Dict[str, Any]])
     """Add the models and threads of compare.json. Raises CommandError if their runs could not be compared."""
     if known is None:
         return
-    for key, name in (('train_args', "train.py's arguments"), ('nproc', '--nproc'), ('data_dir', 'the data folder')):
+    for key, name in (('train_args', "train.py's arguments"), ('nproc', '--nproc')):
         if known[key] != settings[key]:
             before, now = (shlex.join(v) if isinstance(v, list) else v for v in (known[key], settings[key]))
             raise CommandError(f'{out} was made with {name} {before}, not {now}. Repeat these or choose another --out.')
