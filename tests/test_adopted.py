@@ -122,13 +122,12 @@ def test_architectures() -> None:
         size = original.pretrained_cfg['input_size']
         before = {k: tuple(v.shape) for k, v in original.state_dict().items()}
         if se_modules(original):
-            run = copy.deepcopy(original)
-            maps = shapes_at(run, se_modules(run), size)
+            maps = shapes_at(original, se_modules(original), size)
             kinds['SE'][name] = len(maps)
             rgse = {f'{k}.squeeze.weight': (c, 1, grid(h), grid(h)) for k, (c, h, _) in maps.items() if grid(h) > 1}
             spse = {f'{k}.squeeze.weight{g}': (maps[k][0], 1, g, g) for k in maps for g in (1, 2, 4)}
-            for attention, expected in (('rgse', rgse), ('spse', spse)):
-                model = copy.deepcopy(original)
+            parameters = sum(p.numel() for p in original.parameters())
+            for attention, expected, model in (('rgse', rgse, copy.deepcopy(original)), ('spse', spse, original)):
                 if expected:
                     assert adopt(model, attention) is model and all(p.is_meta for p in model.parameters())
                     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {**before, **expected}, name
@@ -136,31 +135,31 @@ def test_architectures() -> None:
                     pytest.raises(ValueError, adopt, model, attention).match('every grid would be 1 x 1')
             if name in ADDED:
                 assert tuple(sum(map(math.prod, added.values())) for added in (rgse, spse)) == ADDED[name][:2]
-                assert sum(p.numel() for p in original.parameters()) == pytest.approx(ADDED[name][2], rel=0.005)
+                assert parameters == pytest.approx(ADDED[name][2], rel=0.005)
             continue
         info = getattr(original, 'feature_info', [])
         stages = [stage['module'] for stage in getattr(info, 'info', info) if stage.get('module')]
-        for modules in (None, *reversed(stages)):
-            model = copy.deepcopy(original)
+        for modules in (None, *stages[-1:], *stages[:1]):
             try:
-                adopt(model, 'spse', modules=modules, norm=False)
+                adopt(original, 'spse', modules=modules, norm=False)
             except ValueError as e:
                 assert re.search(
                     'Name |has no module named|does not run|Cannot run' if modules else
                     'has no SE block and (no empty place for one|attention already)|Cannot run', str(e)), f'{name}: {e}'
             else:
                 break
-        kind = 'refused' if not blocks(model) else 'named' if modules else 'inserted'
-        kinds[kind][name] = len(blocks(model))
+        kind = 'refused' if not blocks(original) else 'named' if modules else 'inserted'
+        kinds[kind][name] = len(blocks(original))
         expected = {}
-        for k, (c, _, _) in shapes_at(model, blocks(model), size).items() if kind != 'refused' else ():
+        for k, (c, _, _) in shapes_at(original, blocks(original), size).items() if kind != 'refused' else ():
             expected.update({**se_shapes(k, c), **{f'{k}.squeeze.weight{g}': (c, 1, g, g) for g in (1, 2, 4)}})
-        assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {**before, **expected}, name
+        assert {k: tuple(v.shape) for k, v in original.state_dict().items()} == {**before, **expected}, name
     if FULL:
         modules = [{timm.model_entrypoint(name).__module__ for name in names} for names in (kinds['SE'], FAMILIES)]
         assert kinds['SE'].keys() >= FAMILIES.keys() and modules[0] == modules[1]
         if timm.__version__ == '1.0.31':  # as docs/adopt.md says
-            assert (len(kinds['SE']), sum(kinds['SE'].values())) == (334, 6811)
+            assert {kind: (len(names), sum(names.values())) for kind, names in kinds.items()} == {
+                'SE': (334, 6811), 'inserted': (1, 1), 'named': (1, 1), 'refused': (1, 0)}
     found = {name: (kind, n) for kind in kinds for name, n in kinds[kind].items()}
     assert {name: found[name] for name in COUNTED} == COUNTED
 
