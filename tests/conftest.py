@@ -13,7 +13,6 @@ from helpers.hub_server import TOKEN, HubServer  # noqa: E402
 
 # huggingface_hub reads these when it is imported: no test, and no process of one, reaches the real Hub or its cache
 HUB = HubServer()
-HUB.start()
 HUB_HOME = tempfile.TemporaryDirectory()
 os.environ.update(HF_ENDPOINT=HUB.endpoint, HF_HOME=HUB_HOME.name, HF_TOKEN=TOKEN, HF_HUB_DISABLE_TELEMETRY='1')
 os.environ.pop('HF_HUB_CACHE', None)

@@ -131,7 +131,7 @@ STRIDES = st.sampled_from((8, 16, 32))
 @examples(0.3)
 @given(FAMILIES, TOPOLOGIES, STRIDES, st.integers(1, 5), st.integers(1, 3), st.tuples(*[st.integers(1, 90)] * 2), SEEDS)
 def test_network_in_eval_mode(name, kwargs, stride, in_chans, batch, size, seed) -> None:
-    """Strides and shapes of the features, and neither the memory format nor the rest of the batch matters."""
+    """Features and their strides and shapes, and neither the memory format nor the rest of the batch matters."""
     torch.manual_seed(seed)
     kwargs = dict(kwargs, output_stride=stride, in_chans=in_chans)
     model = tiny(name, **kwargs).double()
@@ -145,6 +145,7 @@ def test_network_in_eval_mode(name, kwargs, stride, in_chans, batch, size, seed)
         features, logits = extractor(x), model(x)
         assert [f.shape for f in features] == [
             (batch, w, math.ceil(size[0] / s), math.ceil(size[1] / s)) for w, s in zip(widths, strides)]
+        assert all(map(torch.equal, features, model.forward_intermediates(x, intermediates_only=True)))
         assert torch.equal(features[-1], model.forward_features(x))
         assert logits.shape == (batch, kwargs['num_classes'])
         single = torch.cat([model(image) for image in x.split(1)])

@@ -1,14 +1,13 @@
 """ A Hub that fails, lies or hangs up: one clear error, nothing half-written, and the next call without it works """
 import json
-import os
+import multiprocessing
 import re
 import resource
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from signal import SIGKILL
 from typing import Callable, Iterator, Type, Union
 
 import pytest
@@ -20,13 +19,13 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 import timm
 from helpers.common import TINY, serve_donor, tiny
 from helpers.hub_server import HubServer, Repo
+from helpers.processes import run_processes
 from helpers.runs import check_fails
 from timm_sepool.cli._output import CommandError, save_folder
 from timm_sepool.cli.push import hub_errors, upload
 
 DONOR = 'timm/resnet50.a1_in1k'
 HUB_ID = 'user/rgse_resnet50'  # it has the network's name in it, as the errors of the Hub's client then have
-CREATE = f"import sys, timm; timm.create_model('rgse_resnet50', pretrained=True, cache_dir=sys.argv[1], **{TINY!r})"
 COMPLETE = {'config.json', 'model.safetensors', 'README.md'}  # what push uploads
 TIMEOUT = 300
 STATUSES = (401, 403, 404, 429, 500, 503)
@@ -38,8 +37,7 @@ class Source:
     """Weights on the local Hub, and how they are loaded."""
 
     def __init__(self, hub: HubServer, repo_id: str, create: Callable):
-        self.repo_id = repo_id
-        self.create = create
+        self.repo_id, self.create = repo_id, create
         self.cache: Path = create.keywords['cache_dir']
         self.sound: bytes = hub.repos['model', repo_id]['model.safetensors']
 
@@ -67,10 +65,9 @@ def source(request, hub: HubServer, small_donor: Callable, tmp_path: Path) -> So
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(hub: HubServer, monkeypatch) -> None:
+def no_waiting(monkeypatch) -> None:
     """The client's pauses between its tries take no time."""
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    monkeypatch.setattr(hub, 'delay', 0.5)
 
 
 @pytest.fixture
@@ -176,23 +173,14 @@ def test_cache_that_cannot_be_written(hub: HubServer, small_donor: Callable) -> 
         small_donor(pretrained_cfg_overlay=dict(hf_hub_id='timm/a b c'))
 
 
-@contextmanager
-def creating(cache: Path) -> Iterator[subprocess.Popen]:
-    """A process that downloads the donor, killed at the end."""
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}
-    with subprocess.Popen([sys.executable, '-c', CREATE, cache], env=env, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def create_donor(rank: int, cache: Path) -> None:
+    timm.create_model('rgse_resnet50', pretrained=True, cache_dir=cache, **TINY)
 
 
 def test_two_processes(hub: HubServer, small_donor: Callable) -> None:
     """Both download at the same time, into one cache."""
     cache = small_donor.keywords['cache_dir']
-    with creating(cache) as first, creating(cache) as second:
-        for process in (first, second):
-            assert process.wait(TIMEOUT) == 0, process.stderr.read()
+    run_processes(create_donor, 2, cache)
     blobs = [p for p in cache.rglob('*') if p.is_file() and not p.is_symlink() and 'blobs' in p.parts]
     assert [p.read_bytes() for p in blobs] == [hub.repos['model', DONOR]['model.safetensors']]
 
@@ -203,19 +191,21 @@ def test_killed_while_downloading(hub: HubServer, small_donor: Callable, monkeyp
     monkeypatch.setattr(hub, 'delay', TIMEOUT)
     hub.was_cut.clear()
     hub.faults[f'GET {WEIGHTS}'.format(DONOR)] = 'stall'
-    with creating(source.cache) as process:
-        deadline = time.monotonic() + TIMEOUT
-        while not hub.was_cut and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert hub.was_cut and process.poll() is None
+    process = multiprocessing.get_context('spawn').Process(target=create_donor, args=(0, source.cache), daemon=True)
+    process.start()
+    deadline = time.monotonic() + TIMEOUT
+    while not hub.was_cut and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert hub.was_cut and process.exitcode == -SIGKILL
     hub.faults.clear()
     source.check_works()
 
 
 @pytest.fixture
-def repo(hub: HubServer, monkeypatch) -> Repo:
+def repo(hub: HubServer) -> Repo:
     """The repository to push to, with an older network of the same architecture."""
-    monkeypatch.setattr(hub, 'delay', 0.1)
     hub.repos.pop(('model', 'user/net'), None)
     config = dict(architecture='rgse_resnet50', now=time.time())  # no config that is in the cache
     hub.add('user/net', {'config.json': json.dumps(config).encode(), 'README.md': b'old'})

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import secrets
 import sys
 import threading
 from http.client import responses
@@ -43,14 +44,13 @@ class Repo(dict):
     def commit(self, changes: Dict[str, bytes]) -> str:
         """Write files and return the new commit's sha."""
         self.update(changes)
-        content = [self.repo_id, len(self.commits), *((name, git_oid(data)) for name, data in self.items())]
-        self.sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
+        self.sha = secrets.token_hex(20)
         self.commits[self.sha] = dict(self)
         return self.sha
 
 
 class HubServer:
-    """The Hub, running at `endpoint` from `start` to the end of the process.
+    """The Hub, running at `endpoint` to the end of the process.
 
     Attributes:
         repos: Repositories by type ('model', 'dataset') and id.
@@ -61,19 +61,17 @@ class HubServer:
             files: bytes replace the file, after half of it the connection ends ('cut') or waits `delay` s ('stall').
         was_cut: Id and name of the files that were sent by half.
     """
+    delay = 0.3
 
-    def __init__(self, delay: float = 2.):
+    def __init__(self):
         self.repos: Dict[Tuple[str, str], Repo] = {}
         self.requests: List[Tuple[str, str]] = []
         self.faults: Dict[str, Union[int, str, bytes]] = {}
         self.was_cut: Set[Tuple[str, str]] = set()
-        self.delay = delay
-        self._server = _Server(('127.0.0.1', 0), _Handler)
-        self._server.hub = self
-        self.endpoint = f'http://127.0.0.1:{self._server.server_port}'
-
-    def start(self) -> None:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        server = _Server(('127.0.0.1', 0), _Handler)
+        server.hub = self
+        self.endpoint = f'http://127.0.0.1:{server.server_port}'
+        threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def add(self, repo_id: str, files: Dict[str, Union[bytes, Path]], repo_type: str = 'model') -> str:
         """Commit files to a repository, which may be new, and return the commit's sha."""

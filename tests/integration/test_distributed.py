@@ -6,7 +6,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
-from typing import Any, Callable, List, Tuple
+from typing import Callable, List, Tuple
 
 import pytest
 import torch
@@ -37,18 +37,18 @@ pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason='this torch is built without gloo')
 
 
-def _run_rank(rank: int, folder: Path, world: int, timeout: float, function: Callable, runs: Tuple) -> List[Any]:
+def _train_rank(rank: int, folder: Path, world: int, timeout: float, runs: Tuple) -> List[List[float]]:
     store = dist.FileStore(str(folder / 'meeting'), world)  # at a file, because a port can be in use
     dist.init_process_group('gloo', store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-    results = [function(folder, rank, world, *run) for run in runs]
+    results = [train(folder, rank, world, *run) for run in runs]
     dist.destroy_process_group()
     return results
 
 
-def run_group(folder: Path, world: int, function: Callable, *runs: Tuple, timeout: float = 300, check=True) -> List:
-    """Results of the runs in each process of a group, whose collectives fail after `timeout` seconds."""
+def train_group(folder: Path, world: int, *runs: Tuple, timeout: float = 300, check: bool = True) -> List:
+    """Losses of the runs in each process of a group, whose collectives fail after `timeout` seconds."""
     (folder / 'meeting').unlink(missing_ok=True)
-    return run_processes(_run_rank, world, folder, world, timeout, function, runs, check=check)
+    return run_processes(_train_rank, world, folder, world, timeout, runs, check=check)
 
 
 def build(network: str, kind: str = 'single', seed: int = 0) -> Tuple:
@@ -134,7 +134,7 @@ def test_equals_one_process(tmp_path: Path, network: str, kind: str, world: int)
     if world == 2:
         runs += [(kind, 'single')]
         runs += [('ddp', 'ddp'), ('fsdp', 'ddp'), ('ddp', 'fsdp')] * (kind == 'fsdp')
-    losses = run_group(tmp_path, world, train, *((network, *run) for run in runs))
+    losses = train_group(tmp_path, world, *((network, *run) for run in runs))
     for run, *of_ranks in zip(runs, *losses):
         assert len({x[0] for x in of_ranks}) == world  # each has its own images
         check_same(tmp_path, *run, of_ranks, expected)
@@ -147,12 +147,12 @@ def test_lost_process(tmp_path: Path, signal: int, timeout: int) -> None:
     """One of four processes is killed or stopped in the middle of a backward: the others end with an error, and two new
     ones continue from the last checkpoint to the result of undisturbed training."""
     expected = train(tmp_path, 0, 1, 'rgse', 'single', 'single')
-    *others, lost = run_group(tmp_path, 4, train, ('rgse', 'ddp', 'ddp', signal), timeout=timeout, check=False)
+    *others, lost = train_group(tmp_path, 4, ('rgse', 'ddp', 'ddp', signal), timeout=timeout, check=False)
     assert isinstance(lost, Failed) and lost.exitcode == -SIGKILL  # one that was stopped is killed in the end
     for other in others:
         assert isinstance(other, Failed) and other.exitcode == 1 and 'RuntimeError' in other.traceback
     (tmp_path / 'ddp.pt').rename(tmp_path / 'lost.pt')
-    (a,), (b,) = run_group(tmp_path, 2, train, ('rgse', 'ddp', 'lost'))
+    (a,), (b,) = train_group(tmp_path, 2, ('rgse', 'ddp', 'lost'))
     check_same(tmp_path, 'ddp', 'lost', [a, b], expected)
 
 

@@ -2,7 +2,6 @@
 
 Install the real libraries with `pip install '.[test,ecosystem]'`. A test is skipped if its library is missing.
 """
-import subprocess
 import sys
 from pathlib import Path
 from typing import List, Tuple
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_autoload import run
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from helpers.common import FULL, TINY, images, tiny
@@ -20,12 +20,9 @@ from timm_sepool.cli.quickstart import MODEL_ARGS, load_digits
 both_families = pytest.mark.parametrize('family', ['rgse', pytest.param('spse', marks=pytest.mark.full)])
 
 
-def run(code: str) -> List[str]:
-    """Lines that a program prints, which never names this package."""
-    assert 'timm_sepool' not in code
-    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-2000:]
-    return process.stdout.splitlines()
+def printed(folder: Path, code: str) -> List[str]:
+    """Lines that a program prints."""
+    return run([sys.executable, '-c', code], folder).stdout.splitlines()
 
 
 def train(model: torch.nn.Module, criterion, batches, optimizer, lr: float, **kwargs) -> List[float]:
@@ -51,10 +48,10 @@ def digits() -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 @both_families
-def test_segmentation_models_pytorch(family: str) -> None:
+def test_segmentation_models_pytorch(family: str, tmp_path: Path) -> None:
     """A Unet is built, an FPN learns to find squares."""
     smp = pytest.importorskip('segmentation_models_pytorch')
-    assert run(f"""
+    assert printed(tmp_path, f"""
 import segmentation_models_pytorch as smp, torch
 model = smp.Unet('tu-{family}_resnet50', encoder_weights=None, classes=3)
 print(tuple(model(torch.zeros(2, 3, 64, 96)).shape), type(model.encoder.model.layer1[0].se).__name__)
@@ -76,7 +73,7 @@ def test_fastai(family: str, tmp_path: Path) -> None:
         folder = tmp_path / str(int(label))
         folder.mkdir(exist_ok=True)
         image.resize((32, 32)).save(folder / f'{i}.png')
-    name, before, after = run(f"""
+    name, before, after = printed(tmp_path, f"""
 from fastai.vision.all import ImageDataLoaders, Resize, accuracy, set_seed, vision_learner
 set_seed(0)
 dls = ImageDataLoaders.from_folder(
@@ -93,10 +90,10 @@ with learner.no_bar(), learner.no_logging():
 
 
 @both_families
-def test_transformers(family: str) -> None:
+def test_transformers(family: str, tmp_path: Path) -> None:
     """A backbone and a classifier are built and run."""
     pytest.importorskip('transformers')
-    assert run(f"""
+    assert printed(tmp_path, f"""
 import torch
 from transformers import AutoBackbone, TimmBackboneConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 config = TimmBackboneConfig(backbone='{family}_resnet50', use_pretrained_backbone=False, out_indices=(1, 4))
