@@ -3,6 +3,7 @@ import argparse
 import copy
 import re
 import runpy
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -178,6 +179,30 @@ def test_trains(name: str, num: int, steps: int) -> None:
     precision = MeanAveragePrecision(iou_type=('bbox', 'segm'), iou_thresholds=[0.5])(predictions, targets)
     assert precision['bbox_map_50'] > 0.8 and precision['segm_map_50'] > 0.8
     assert squeeze and all((model.get_parameter(n) - p).abs().max() > 1e-3 for n, p in squeeze.items())
+
+
+SCRIPT = f"""
+import sys, torch, torchvision
+torch.distributed.init_process_group('gloo')
+rank = torch.distributed.get_rank()
+model = torch.nn.parallel.DistributedDataParallel(torchvision.models.get_model(
+    sys.argv[1], weights_backbone=None, num_classes=3, min_size=64, max_size=96, backbone_kwargs={TINY}))
+for num in (1 - rank, rank):  # an image without objects among them
+    boxes, masks = torch.tensor([[8., 8., 40., 40.]])[:num], torch.ones(num, 64, 90).byte()
+    target = dict(boxes=boxes, labels=masks[:, 0, 0].long(), masks=masks)
+    sum(model([torch.rand(3, 64, 90)], [target]).values()).backward()
+print(rank, type(model.module.backbone.body.layer1[0].se).__name__)
+"""
+
+
+@pytest.mark.full
+def test_launcher_and_ddp(tmp_path: Path) -> None:
+    """A script for torchvision, on two processes: every parameter takes part in each step, else DDP raises."""
+    (tmp_path / 'train.py').write_text(SCRIPT)
+    launch = '-m torch.distributed.run --standalone --nproc_per_node 2 -m timm_sepool.detection train.py'
+    argv = [sys.executable, *launch.split(), 'maskrcnn_rgse_resnet50']
+    out = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert sorted(out.stdout.splitlines()) == ['0 RGSEModule', '1 RGSEModule'], out.stderr[-3000:]
 
 
 @pytest.mark.filterwarnings('ignore:.*found in sys.modules')  # python -m starts without it

@@ -11,7 +11,7 @@ from torch import nn
 
 import timm
 from helpers import reference
-from helpers.common import GOLDEN, NAMES, PARAMS, TINY, images, official_state_dict, tiny, training_step
+from helpers.common import FULL, GOLDEN, NAMES, PARAMS, TINY, images, official_state_dict, tiny, training_step
 from timm.layers import BlurPool2d, GroupNorm1
 from timm.models.resnet import Bottleneck
 from timm.utils import freeze
@@ -38,7 +38,7 @@ def test_full_size(name: str) -> None:
 @pytest.mark.parametrize(  # depth only repeats blocks
     'name', [pytest.param(name, marks=pytest.mark.full) if '152' in name or '101' in name else name for name in NAMES])
 def test_equals_official_code(name: str) -> None:
-    """Logits of the official code (float64, eval) after the filter and a strict load."""
+    """Logits of the official code (float64, eval) after the filter and a strict load; --full: channels_last too."""
     model = timm.create_model(name).double().eval()
     state_dict = {f'module.{k}': v for k, v in official_state_dict(name).items()}  # as DataParallel saves it
     model.load_state_dict(checkpoint_filter_fn({'state_dict': state_dict, 'epoch': 100}, model), strict=True)
@@ -47,6 +47,9 @@ def test_equals_official_code(name: str) -> None:
     assert expected.abs().max() > 1
     with torch.no_grad():
         assert (model(x[:1]) - expected[:1]).abs().max() <= 1e-12
+        if FULL:
+            model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+            assert (model(x) - expected).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize('name', FAMILIES)

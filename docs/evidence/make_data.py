@@ -39,8 +39,8 @@ def read(folder: Path, split: str) -> Tuple[np.ndarray, np.ndarray]:
 def draw(rng: np.random.Generator) -> Tuple[np.ndarray, Dict[str, int]]:
     """A noisy image (32, 32) with all four glyphs, one in each quadrant, in random order; one of them is brighter.
 
-    Returns the image and its labels: 'place' is the glyph in the upper left quadrant, 'marked' the brighter one. Both can
-    be read from every image, so the two tasks differ in nothing but the label.
+    Returns the image and its labels: 'place' is the glyph in the upper left quadrant, 'marked' the brighter one. Every
+    image has both, so the two tasks differ in nothing but the label.
     """
     image, order, marked = rng.normal(60, 30, (32, 32)), rng.permutation(4), int(rng.integers(4))
     for quadrant, glyph in enumerate(order):

@@ -1,9 +1,10 @@
 """ timm-sepool and timm's train.py with two more models, whose fusion starts as a mean: rgse_mean and spse_mean
 
-    TIMM_SCRIPTS=pytorch-image-models python docs/evidence/mean_start.py compare --train-script docs/evidence/mean_start.py ...
+    python docs/evidence/mean_start.py compare --train-script docs/evidence/mean_start.py ...
 
-is `timm-sepool compare` with them, whose runs call this file as train.py. They are rgse_resnet50 and spse_resnet50 with
-every kernel of the fusion at 1 / g^2 instead of random. All other weights are drawn as before.
+is `timm-sepool compare` with them. Its runs call this file as train.py, which is in the folder $TIMM_SCRIPTS. The models
+are rgse_resnet50 and spse_resnet50 with every kernel of the fusion at 1 / g^2 instead of random. All other weights are
+drawn as before.
 """
 import os
 import runpy

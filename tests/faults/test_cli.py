@@ -292,6 +292,16 @@ def test_names(timm_sepool: Runner, name: Any, env: Dict[str, str]) -> None:
     assert os.listdir(timm_sepool.cwd) == [os.fsdecode(name)] and timm_sepool.files()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize('home', ['/dev/null/home', None])
+def test_home(timm_sepool: Runner, home: Optional[str]) -> None:
+    """matplotlib and the Hub's client would have a cache there. Not even root can make this folder."""
+    env = dict(HOME=home, HF_HOME=None, MPLCONFIGDIR=None, XDG_CACHE_HOME=None, XDG_CONFIG_HOME=None)
+    result = timm_sepool.run(COMMANDS['plot'].argv, env=env)
+    assert result.returncode == 0 and 'Traceback' not in result.stderr, result
+    assert sorted(os.listdir(timm_sepool.cwd)) == COMMANDS['plot'].outputs
+
+
 @pytest.mark.parametrize('command,module,extra', [
     ('quickstart', 'sklearn', 'quickstart'), ('quickstart', 'tqdm', 'quickstart'), ('bench', 'tqdm', 'quickstart'),
     ('bench', 'matplotlib', 'plot'), ('plot', 'matplotlib', 'plot')])
