@@ -2,9 +2,9 @@
 
     python docs/evidence/mean_start.py compare --train-script docs/evidence/mean_start.py ...
 
-is `timm-sepool compare` with them. Its runs call this file as train.py, which is in the folder $TIMM_SCRIPTS. The models
-are rgse_resnet50 and spse_resnet50 with every kernel of the fusion at 1 / g^2 instead of random. All other weights are
-drawn as before.
+is `timm-sepool compare` with them. Its runs call this file, which starts the train.py in the folder $TIMM_SCRIPTS. The
+models are rgse_resnet50 and spse_resnet50 with every kernel of the fusion at 1 / g^2 instead of random. All other
+weights are drawn as before.
 """
 import os
 import runpy
