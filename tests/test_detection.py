@@ -190,7 +190,7 @@ model = torch.nn.parallel.DistributedDataParallel(torchvision.models.get_model(
 for num in (1 - rank, rank):  # an image without objects among them
     boxes, masks = torch.tensor([[8., 8., 40., 40.]])[:num], torch.ones(num, 64, 90).byte()
     target = dict(boxes=boxes, labels=masks[:, 0, 0].long(), masks=masks)
-    sum(model([torch.rand(3, 64, 90)], [target]).values()).backward()
+    sum(model([torch.rand(3, 64, 90)] * 2, [target] * 2).values()).backward()  # a squeeze needs more than one image
 print(rank, type(model.module.backbone.body.layer1[0].se).__name__)
 """
 
