@@ -154,7 +154,7 @@ def test_donor_on_disk(folder: Path) -> None:
 @pytest.mark.parametrize('base, attention, new, count', [
     ('regnety_002', 'squeeze=rgse', '.squeeze.weight', 6), ('resnet10t', 'attention=cbam', '.se.', 36)])
 def test_adopted(base: str, attention: str, new: str, count: int, folder: Path) -> None:
-    """A base's weights, trained and validated with other attention, also from a checkpoint of the adopted model."""
+    """A base's weights, trained, resumed and validated with other attention, also from weights of the adopted model."""
     torch.save(realistic(timm.create_model(base, num_classes=NUM_CLASSES)).state_dict(), folder / 'base.pth')
     model = [*MODEL, '--model', 'adopted', '--model-kwargs', f'base={base}', attention]
     donor = ['--warmup-epochs', 0, '--pretrained', '--pretrained-path']
@@ -163,8 +163,10 @@ def test_adopted(base: str, attention: str, new: str, count: int, folder: Path) 
     weights = last(output)
     learned = {k: v for k, v in weights.items() if new in k and v.is_floating_point()}
     assert len(learned) == count and all(map(torch.any, learned.values()))
-    tracked = next(v for k, v in weights.items() if k.endswith('num_batches_tracked'))
-    assert tracked == 1006  # 1000 of `realistic`, then two epochs of 3
+    _, resumed = train(folder, 'resumed', *model, *options, '--epochs', 3, '--resume', output / 'last.pth.tar')
+    tracked = next(k for k in weights if k.endswith('num_batches_tracked'))
+    # 1000 of `realistic`, then epochs of three steps
+    assert (weights[tracked], last(resumed)[tracked], len(epochs(resumed))) == (1006, 1009, 1)
     check = [output / 'last.pth.tar', *model]
     assert validate(folder, *check)['top1'] == validate(folder, *check, '--torchscript')['top1']
     assert validate(folder, *check, '--use-ema')['top1'] == accuracy(output)
