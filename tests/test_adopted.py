@@ -145,7 +145,7 @@ def test_architectures() -> None:
             except ValueError as e:
                 assert re.search(
                     'Name |has no module named|does not run|Cannot run' if modules else
-                    'has no SE block and (no empty place for one|attention already)|Cannot run', str(e)), f'{name}: {e}'
+                    'has (no SE block and no place for|other attention already)|Cannot run', str(e)), f'{name}: {e}'
             else:
                 break
         kind = 'refused' if not blocks(original) else 'named' if modules else 'inserted'
@@ -492,9 +492,9 @@ Static = type('Static', (nn.Module,), {'forward': staticmethod(torch.relu)})
 OtherSE, conv = type('OtherSE', (SEModule,), {}), partial(nn.Conv2d, 512, 32, 1, device='meta')
 SE, PLAIN, FC1 = 'seresnet18', 'resnet18', r'layer4\.1\.se\.fc1 of ResNet is of class'
 BAD: Dict[str, Tuple[Any, Dict[str, Any], str]] = {
-    **{attn: (partial(build, 'resnet26', attn), {}, rf'and attention already \({cls}\). Pass modules')
+    **{attn: (partial(build, 'resnet26', attn), {}, rf'has other attention already \({cls}\). Pass modules')
        for attn, cls in (('ese', 'EffectiveSEModule'), ('eca', 'EcaModule'), ('gc', 'GlobalContext'))},
-    'ViT': (partial(build, 'vit_tiny_patch16_224'), {}, 'VisionTransformer has no SE block and no empty place'),
+    'ViT': (partial(build, 'vit_tiny_patch16_224'), {}, 'VisionTransformer has no SE block and no place for'),
     'second attention': (partial(build, SE), dict(attention='cbam'), "has SE blocks, and 'cbam' would be a second"),
     'two names': (partial(build, SE), dict(attention='spse', squeeze='spse'), 'not both'),
     'norm of SE': (partial(build, SE), dict(attention='spse', norm=True), 'SE blocks .* stay without norm'),

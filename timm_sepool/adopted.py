@@ -1,4 +1,4 @@
-""" Attention for any network of timm, with no change of what it computes at the start
+""" Attention for other networks of timm, with no change of what it computes at the start
 
 A network with SE blocks gets RGSE or SPSE squeezes: learned local averages beside the global average of every SE block.
 Unlike in the networks of the paper the fusion is linear (no norm, no ReLU) and starts as the plain mean:
@@ -300,8 +300,7 @@ def adopt(
     squeezes = {} if modules is not None else _new_squeezes(model, attention, input_size)
     if norm is not None and (squeezes or attention not in ('rgse', 'spse')):
         raise ValueError(
-            "norm is an option of inserted 'rgse' and 'spse' blocks. Leave it out here: SE blocks that a model has "
-            'stay without norm, so that the model computes what it did.')
+            "norm is an option of inserted 'rgse' and 'spse' blocks, not of the SE blocks of a model. Leave it out.")
     blocks = {} if squeezes else _new_blocks(model, attention, input_size, modules, bool(norm))
 
     # nothing fails from here on, so that no model is left half adopted
@@ -340,9 +339,8 @@ def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module)
     theirs, ours = _attention_keys(state_dict, model), _attention_keys(model.state_dict(), model)
     if theirs != ours:
         raise RuntimeError(
-            f'The checkpoint has {len(theirs)} attention weights ({", ".join(theirs[:1])}), this adopted model has '
-            f'{len(ours)} ({", ".join(ours[:1])}). Use the base, attention, input_size, modules and norm that it was '
-            'trained with.')
+            f'The checkpoint has {len(theirs)} attention weights, this adopted model has {len(ours)} and only one has '
+            f'{min({*theirs} ^ {*ours})}. Use the base, attention, input_size, modules and norm of the training run.')
     return state_dict
 
 

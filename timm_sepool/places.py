@@ -125,9 +125,9 @@ def find_places(model: nn.Module, modules: Union[None, str, Sequence[str]] = Non
     kinds = tuple(map(get_attn, ('ese', 'eca', 'ceca', 'ge', 'gc', 'cbam', 'lcbam', 'sk', 'splat', 'coord')))
     others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, kinds)})
     if others or not places:
-        found = f'attention already ({", ".join(others)})' if others else 'no empty place for one'
+        found = f'other attention already ({", ".join(others)})' if others else 'no SE block and no place for attention'
         raise ValueError(
-            f'{type(model).__name__} has no SE block and {found}. Pass modules, the names of the modules whose output '
+            f'{type(model).__name__} has {found}. Pass modules, the names of the modules whose output '
             "the new attention scales, for example modules=['stages.*'], or choose another model, say resnet50.")
     return places
 

@@ -78,7 +78,7 @@ def test_runs(undisturbed, capsys) -> None:
     out, err = capsys.readouterr()
     assert re.findall(r'\[\d/6\] (.), seed (\d)', err) == [('x', '0'), ('x', '1'), ('w', '2'), ('x', '2')]
     assert not list(run.glob('*.tar')) and '| x  ' in out and main(argv('undisturbed', '--dry-run', '--seeds', 4)) == 0
-    assert re.search(r'runs: 11 finished, 9 to train; .* 128 x 1 .*\nabout 1 min with', capsys.readouterr().out)
+    assert re.search(r'runs: 11 finished, 9 to train; .* 128 x 1 .*\nabout 1 min left with', capsys.readouterr().out)
 
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
@@ -196,7 +196,7 @@ def test_statistics() -> None:
 def test_report(undisturbed, capsys) -> None:
     """The notice on few seeds, another peer, what is concluded, the paper's claims, and how to publish."""
     assert main(['compare', '--out', 'undisturbed', '--report', '--peer', 'resnet18']) == 0
-    assert 'which is not equality' in (out := capsys.readouterr().out) and 'at least 5 seeds are needed' in out
+    assert 'need not be equal' in (out := capsys.readouterr().out) and 'at least 5 seeds are needed' in out
     models = {name: dict(params=1, gmacs=1., peer='seresnet50', model_kwargs=[], model=name)
               for name in ('seresnet50', 'rgse_resnet50', 'spse_resnet50')}
     values = {k: [v + 0.01 * i for i in range(6)] for k, v in zip(models, (70., 71., 69.))}
@@ -237,14 +237,14 @@ def test_commands(monkeypatch, capsys) -> None:
 
 
 @pytest.mark.parametrize('options,train,message', [
-    (['--train-script', 'no.py'], '', "timm's train.py does not exist at no.py. Clone its repository"),
+    (['--train-script', 'no.py'], '', "timm's train.py does not exist at no.py. Correct --train-script"),
     ([], '--data-dir none', 'The data folder none does not exist'), (['--jobs', '0'], '', 'at least 1'),
     (['--models', 'resnet1'], '', "Unknown model 'resnet1'"), (['--models', 'resnet18,a'], '', 'is not [LABEL=]NAME'),
     (['--models', 'resnet18+x'], '', "Unknown attention 'x'"), (['--shard', '3/2'], '', '--shard takes I/N'),
-    (['--models', 'a=resnet18', 'a=resnet34'], '', 'Two models have the same label'),
+    (['--models', 'a=resnet18', 'a=resnet34'], '', 'Two models have the same label, a.'),
     (['--models', 'resnet50t'], '--pretrained', 'resnet50t has no pretrained weights'),
     (['--nproc', '99'], '--device cuda', 'needs 99 GPUs'),
-    ([], '-c no.yaml', "Cannot read train.py's config no.yaml"), ([], '-c resume.yaml', 'resume.yaml sets resume'),
+    ([], '-c no.yaml', 'Cannot read no.yaml. Correct --config'), ([], '-c resume.yaml', 'resume.yaml sets resume'),
     ([], '--pretrained-path no.pth', 'The file no.pth does not exist'),
     (['--out', 'undisturbed'], '--epochs 9', "was made with train.py's arguments"),
     (['--out', 'undisturbed', '--models', 'w=resnet34'], '', 'w is w=resnet18,layers=(1,1,1,1) in undisturbed'),

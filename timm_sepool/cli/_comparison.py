@@ -98,8 +98,8 @@ def collect(out: Path, settings: Dict[str, Any]) -> Tuple[List[Dict[str, Any]], 
         for run in [Run(out, label, seed) for seed in seeds]:
             progress, starts = read_progress(run), run.starts()
             if not progress.finished:
-                why = f'line {progress.damaged} of its summary.csv is cut' if progress.damaged else 'it is not finished'
-                notes.append(f'{run.folder} does not count: {why}. Repeat the command to continue it.')
+                why = f'line {progress.damaged} of its summary.csv is cut off' if progress.damaged else 'not finished'
+                notes.append(f'{run.folder} does not count: {why}. Repeat the command to finish the run.')
                 continue
             last, curve = progress.rows[progress.epochs - 1], {k: r['eval_top1'] for k, r in progress.rows.items()}
             curves[label].append(curve)
@@ -126,7 +126,7 @@ def write_report(out: Path, settings: Dict[str, Any]) -> str:
     if num_resumed:
         notes.insert(0, (
             f'{num_resumed} of {len(rows)} runs were resumed. train.py does not restore its random state, so they '
-            'differ from undisturbed runs. --restart avoids it.'))
+            'differ from undisturbed runs. To replace them, delete their folders and repeat the command.'))
     text = '\n'.join([
         '# Accuracy by model', '', f'`train.py {shlex.join(settings["train_args"])}`', '',
         *table(settings, values, differences, corrected), '', conclusion(models, differences, corrected), '', *(
@@ -190,8 +190,8 @@ def conclusion(models: Dict[str, Any], differences: Dict[str, Difference], corre
             f'{LEVEL}')
     if unclear:
         parts.append(
-            f'no difference is shown for {", ".join(unclear.values())}, which is not equality: the results still allow '
-            'the differences in these intervals (points)')
+            f'no difference is shown for {", ".join(unclear.values())}, but they need not be equal: any difference in '
+            'the brackets (points) remains possible')
     text = 'With these images and these arguments of train.py, ' + '; '.join(parts) + '.'
     seeds = max(d.seeds for d in tested.values())
     enough = next(n for n in itertools.count(2) if smallest_p(n, n) * len(tested) < LEVEL)
@@ -209,11 +209,12 @@ def next_step(out: Path, models: Dict[str, Any], values: Dict[str, List[float]])
     try:
         check_model(models[label]['model'])
     except CommandError:
-        return f'The best mean is that of {label}, a network of timm itself, which timm.models.push_to_hf_hub uploads.'
+        return f'{label} has the highest mean. timm.models.push_to_hf_hub uploads it, a network of timm itself.'
     if not checkpoints:
-        return f'The best mean is that of {label}, whose checkpoints are gone.'
+        return f'{label} has the highest mean. Its checkpoints were deleted.'
     command = f'timm-sepool push {models[label]["model"]} --repo-id USER/NAME --checkpoint'
-    return f'The best mean is that of {label}. Publish its first seed:\n  {command} {shlex.quote(str(checkpoints[0]))}'
+    command += f' {shlex.quote(str(checkpoints[0]))}'
+    return f'{label} has the highest mean, which may be noise. To publish its first seed:\n  {command}'
 
 
 def _axes_of_peers(models: Dict[str, Any], height: float) -> Tuple[Any, Dict[str, Any]]:

@@ -155,7 +155,7 @@ def describe(plan: Plan, wanted: List[Run], restart: bool) -> str:
         of_model = [[t for r, t in times.items() if r.label == run.label] or [*times.values()] for run in missing]
         minutes = sum(sum(t) / len(t) for t in of_model) / plan.jobs / 60
         time_left = f'{minutes / 60:.1f} hours' if minutes >= 90 else f'{math.ceil(minutes)} min'
-        lines.append(f'about {time_left} with --jobs {plan.jobs}, by the times of the finished runs')
+        lines.append(f'about {time_left} left with --jobs {plan.jobs}, by the times of the finished runs')
     return '\n'.join(lines)
 
 
@@ -263,7 +263,9 @@ def _tell(job: Job, count: str, bar: Any) -> bool:
         return True
     why = f'failed with exit code {code}' if code else 'ended before its last epoch'
     log = (job.run.folder / LOG).read_text(encoding='utf-8', errors='replace').strip().splitlines()
-    lines = [f'{head} train.py {why}. The end of {job.run.folder / LOG}:', *(f'    {line}' for line in log[-8:])]
+    lines = [
+        f'{head} train.py {why}. Correct the cause and repeat the command. The end of {job.run.folder / LOG}:',
+        *(f'    {line}' for line in log[-8:])]
     bar.write('\n'.join(lines), file=sys.stderr)
     return False
 

@@ -50,8 +50,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         '--models', nargs='+', metavar='MODEL',
         help='[LABEL=]NAME[+ATTN][,KEY=VALUE...]: models of timm, with added attention (se, eca, cbam, coord, spse, '
-        "rgse) and model arguments of their own (default: the five of the paper's ResNet-50)")
-    parser.add_argument('--peer', metavar='MODEL', help='compare the others with this one (default: the first with SE)')
+        'rgse) and model arguments of their own (default: plain, SE, CBAM, SPSE and RGSE ResNet-50)')
+    parser.add_argument(
+        '--peer', metavar='MODEL', help='compare the others with this one (default: the first with SE, else the first)')
     parser.add_argument(
         '--paper', action='store_true', help="the paper's 25 models and recipe; only --data-dir has to follow")
     parser.add_argument('--seeds', type=int, default=5, metavar='N', help='train with the seeds 0 to N-1 (default: 5)')
@@ -59,7 +60,7 @@ def add_parser(subparsers) -> None:
         '--train-script', type=Path, metavar='FILE',
         help="timm's train.py (default: in $TIMM_SCRIPTS, here, or in ./pytorch-image-models)")
     parser.add_argument('--nproc', type=int, default=1, metavar='N', help='processes of one run, by torchrun')
-    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time, each on GPUs of its own')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time, each on its GPUs or cores')
     parser.add_argument('--shard', metavar='I/N', help='take the runs I, I+N, I+2N, ..., with I from 1 to N')
     parser.add_argument('--restart', action='store_true', help='start broken runs anew instead of resuming them')
     parser.add_argument('--report', action='store_true', help='train nothing, report what is there')
@@ -116,7 +117,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     script, train_args = _find_script(args.train_script), list(args.train_args)
     if args.paper:
         if PAPER_BATCH % args.nproc:
-            raise CommandError(f"--nproc {args.nproc} does not divide the paper's batch of {PAPER_BATCH} images.")
+            raise CommandError(f"--nproc {args.nproc} does not divide the paper's batch of {PAPER_BATCH}. Change it.")
         recipe = PAPER_RECIPE.replace(f'-b {PAPER_BATCH}', f'-b {PAPER_BATCH // args.nproc}')
         train_args = [*recipe.split(), *PAPER_INPUT.split(), *train_args]
     options = parse_train_args(train_args)
@@ -131,7 +132,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         entries.insert(0, make_model(args.peer, options))
     labels = [e.pop('label') for e in entries]
     if len({*map(str.lower, labels)}) < len(labels):
-        raise CommandError(f'Two models have the same label: {", ".join(sorted(labels))}. Name one of them LABEL=NAME.')
+        twice = next(label for i, label in enumerate(labels) if label.lower() in map(str.lower, labels[:i]))
+        raise CommandError(f'Two models have the same label, {twice}. Give one of them another: LABEL=NAME.')
     models = dict(zip(labels, entries))
     if args.paper:
         for i, label in enumerate(labels):
@@ -158,8 +160,8 @@ def _find_script(path: Optional[Path]) -> Path:
         if place.is_file():
             return place.resolve()
     raise CommandError(
-        f"timm's train.py does not exist at {', '.join(map(str, places))}. Clone its repository, git clone "
-        'https://github.com/huggingface/pytorch-image-models, and pass --train-script pytorch-image-models/train.py.')
+        f"timm's train.py does not exist at {', '.join(map(str, places))}. Correct --train-script, or clone timm's "
+        'repository here: git clone https://github.com/huggingface/pytorch-image-models')
 
 
 def parse_train_args(argv: List[str]) -> argparse.Namespace:
@@ -167,11 +169,11 @@ def parse_train_args(argv: List[str]) -> argparse.Namespace:
     import yaml
 
     def fail(message: str) -> None:
-        raise CommandError(f"train.py's arguments are invalid: {message}.")
+        raise CommandError(f"train.py's arguments are invalid: {message}. Correct them after `--`.")
 
     for option in [arg.split('=')[0] for arg in argv]:
         if option.startswith('--') and any(name.startswith(option) for name in OWN_OPTIONS):  # or an abbreviation
-            raise CommandError(f'{option}: compare sets {", ".join(OWN_OPTIONS)} of train.py itself. Leave it out.')
+            raise CommandError(f'{option}: compare sets {", ".join(OWN_OPTIONS)}. Leave out {option}.')
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = fail  # type: ignore[assignment,method-assign]
     parser.add_argument('-c', '--config')
@@ -184,7 +186,7 @@ def parse_train_args(argv: List[str]) -> argparse.Namespace:
             config = yaml.safe_load(Path(options.config).read_text(encoding='utf-8')) or {}
             parser.set_defaults(**config)
         except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
-            raise CommandError(f"Cannot read train.py's config {options.config}: {first_line(e)}") from e
+            raise CommandError(f'Cannot read {options.config}. Correct --config of train.py: {first_line(e)}') from e
         if config.get('resume'):
             raise CommandError(f'{options.config} sets resume, which compare sets itself. Remove it there.')
         options = parser.parse_known_args(argv)[0]
@@ -232,9 +234,10 @@ def make_model(text: str, options: argparse.Namespace) -> Dict[str, Any]:
             model(torch.empty(1, *data['input_size']))
     except Exception as e:  # timm's own, of any type
         raise CommandError(f'Cannot create {text}: {first_line(e)}') from e
+    classes = {type(module).__name__ for module in model.modules()}
     return dict(
         spec=text, label=label, model=name, model_kwargs=[f'{k}={v}' for k, v in kwargs.items()], peer=None,
-        has_se=attention == 'se' or name.startswith(('seres', 'senet')),
+        has_se=attention in (None, '', 'se') and not classes.isdisjoint({'SEModule', 'SqueezeExcite'}),
         params=sum(p.numel() for p in model.parameters()), gmacs=round(flops.get_total_flops() / 2e9, 6),
         data={k: data[k] for k in ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')})
 
@@ -291,7 +294,7 @@ def _merge(out: Path, settings: Dict[str, Any], known: Optional[Dict[str, Any]])
     for key, name in (('train_args', "train.py's arguments"), ('nproc', '--nproc')):
         if known[key] != settings[key]:
             before, now = (shlex.join(v) if isinstance(v, list) else v for v in (known[key], settings[key]))
-            raise CommandError(f'{out} was made with {name} {before}, not {now}. Repeat these or choose another --out.')
+            raise CommandError(f'{out} was made with {name} {before}, not {now}. Pass the former or another --out.')
     settings['threads'], models = known['threads'], {**known['models']}
     for label, model in json.loads(json.dumps(settings['models'])).items():
         before = models.get(label, model)
