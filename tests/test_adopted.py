@@ -497,7 +497,7 @@ BAD: Dict[str, Tuple[Any, Dict[str, Any], str]] = {
     'ViT': (partial(build, 'vit_tiny_patch16_224'), {}, 'VisionTransformer has no SE block and no place for'),
     'second attention': (partial(build, SE), dict(attention='cbam'), "has SE blocks, and 'cbam' would be a second"),
     'two names': (partial(build, SE), dict(attention='spse', squeeze='spse'), 'not both'),
-    'norm of SE': (partial(build, SE), dict(attention='spse', norm=True), 'SE blocks .* stay without norm'),
+    'norm of SE': (partial(build, SE), dict(attention='spse', norm=True), 'not of the SE blocks of a model'),
     **{f'{key}={value!r}': (partial(build, PLAIN), dict([('attention', 'se'), (key, value)]), message)
        for key, message, values in (
         ('attention', 'Unknown attention', ['', 3]), ('norm', 'norm must be', ['no']),

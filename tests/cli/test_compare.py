@@ -246,6 +246,7 @@ def test_commands(monkeypatch, capsys) -> None:
     (['--nproc', '99'], '--device cuda', 'needs 99 GPUs'),
     ([], '-c no.yaml', 'Cannot read no.yaml. Correct --config'), ([], '-c resume.yaml', 'resume.yaml sets resume'),
     ([], '--pretrained-path no.pth', 'The file no.pth does not exist'),
+    (['--paper'], '', 'has its own models and peers'),
     (['--out', 'undisturbed'], '--epochs 9', "was made with train.py's arguments"),
     (['--out', 'undisturbed', '--models', 'w=resnet34'], '', 'w is w=resnet18,layers=(1,1,1,1) in undisturbed'),
     *(([], f'{o} 1', f'{o}: compare sets') for o in ('--model', '--seed', '--outp', '--experiment', '--resume'))])
