@@ -83,21 +83,20 @@ def _is_plain_cpu(device: torch.device) -> bool:
     return not torch.is_autocast_enabled('cpu')
 
 
-_windows: Dict[tuple, torch.Tensor] = {}
+_windows: Dict[tuple, Tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 @torch.jit.unused
 def _kept_cell_windows(
         height: int, width: int, grids: List[int], device: torch.device, dtype: torch.dtype,
-) -> torch.Tensor:
-    """Product of `_cell_windows`, which takes longer than its uses. Kept for up to 32 sizes and 1 MB each."""
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """`_cell_windows`, which takes longer than the product with it, kept for up to 32 sizes and 1 MB each."""
     key = (height, width, *grids, dtype)
     windows = _windows.get(key)
     if windows is None:
-        with torch.inference_mode(False):  # so that training can use it later
-            matrix, scale = _cell_windows(height, width, grids, device, dtype)
-            windows = matrix * scale.unsqueeze(1)
-        if windows.nbytes <= 2 ** 20 and _has_memory(windows):
+        with torch.inference_mode(False):  # so that training can use them later
+            windows = _cell_windows(height, width, grids, device, dtype)
+        if windows[0].nbytes <= 2 ** 20 and _has_memory(windows[0]):
             if len(_windows) >= 32:
                 _windows.clear()
             _windows[key] = windows
@@ -136,11 +135,11 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
         kernel = kernel.reshape(channels, grid, height).transpose(1, 2).reshape(channels * height, grid) @ cols
         return kernel.reshape(channels, height * width)
 
-    weight = torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype)
     if _is_plain_cpu(device):
-        return weight @ _kept_cell_windows(height, width, grids, device, dtype)
-    matrix, scale = _cell_windows(height, width, grids, device, dtype)
-    return (weight * scale) @ matrix
+        matrix, scale = _kept_cell_windows(height, width, grids, device, dtype)
+    else:
+        matrix, scale = _cell_windows(height, width, grids, device, dtype)
+    return (torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype) * scale) @ matrix
 
 
 @torch.fx.wrap  # a leaf of fx graphs, as fx cannot trace the branches
@@ -183,9 +182,10 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
 
     dtype = torch.promote_types(x.dtype, weights[-1].dtype)
     if nhwc and len(weights) > 1 and x.dtype == torch.promote_types(dtype, torch.float32) and _is_plain_cpu(x.device):
-        windows = _kept_cell_windows(height, width, [w.shape[-1] for w in weights], x.device, x.dtype)
+        windows, scale = _kept_cell_windows(height, width, [w.shape[-1] for w in weights], x.device, x.dtype)
         cells = torch.bmm(windows.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2))  # (B, sum of g^2, C)
-        return (cells * torch.cat([w.flatten(1) for w in weights], dim=1).t()).sum(1)[:, :, None, None]
+        weight = torch.cat([w.flatten(1) for w in weights], dim=1) * scale
+        return (cells * weight.t()).sum(1)[:, :, None, None]
 
     # cells may overlap: one product with the weight of every position is cheaper than pooling to them
     if torch.jit.is_scripting():
