@@ -5,12 +5,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import reference
 from helpers.common import FULL
-from timm_sepool import squeeze
 from timm_sepool.squeeze import RGSEModule, SPSEModule, spatial_kernel, spatial_weighted_sum
 
 CHANNELS = 24
@@ -100,25 +98,6 @@ def test_layout_and_memory(name: str, size, memory_format: torch.memory_format) 
     assert all(incoming) and all(n < x.numel() for n in copied)
     storages, own = [t.untyped_storage() for t in saved], x.untyped_storage()
     assert all(s.nbytes() < own.nbytes() or s.data_ptr() == own.data_ptr() for s in storages)
-
-
-def test_kept_windows() -> None:
-    """What inference keeps serves training. Nothing is kept that ends with its context, and no more than 32 sizes."""
-    module, x = build('spse').eval(), torch.randn(2, CHANNELS, 14, 15).contiguous(memory_format=torch.channels_last)
-    weights = [module.weight1, module.weight2, module.weight4]
-    for context, num_kept in ((torch.inference_mode(), 1), (FakeTensorMode(allow_non_fake_inputs=True), 0)):
-        squeeze._windows.clear()
-        with context:
-            module(torch.ones(2, CHANNELS, 14, 15))
-        assert len(squeeze._windows) == num_kept
-        sums = spatial_weighted_sum(x, weights), reference.weighted_sum(x, weights)
-        torch.testing.assert_close(*((s, *torch.autograd.grad(s.sum(), weights)) for s in sums))
-    squeeze._windows.clear()
-    gradient = torch.func.grad(lambda x: module(x).sum())
-    assert torch.equal(gradient(x), gradient(x)) and not squeeze._windows
-    for width in range(50):
-        spatial_kernel(14, 20 + width, weights)
-    assert len(squeeze._windows) == 50 - 32
 
 
 def test_errors() -> None:

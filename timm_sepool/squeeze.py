@@ -12,7 +12,7 @@ Papers / References:
 
 Up to the fusion's norm the squeeze is linear in x, so one read of x is enough for any number of grids.
 """
-from typing import Dict, List, Optional, Tuple, Type, Union
+from typing import List, Optional, Tuple, Type, Union
 
 import torch
 import torch.fx
@@ -61,56 +61,6 @@ def _power_of_two(windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return windows / power.unsqueeze(1), power / length
 
 
-def _cell_windows(
-        height: int, width: int, grids: List[int], device: torch.device, dtype: torch.dtype,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Which positions the cells of all grids cover, over their areas: (sum of g^2, H * W), from `_power_of_two`."""
-    rows = _axis_windows(height, grids, device)
-    cols = rows if not _size_may_vary(height, width) and height == width else _axis_windows(width, grids, device)
-    cells: List[torch.Tensor] = []
-    for r, c in zip(rows.split(grids), cols.split(grids)):
-        cells.append((r[:, None, :, None] & c[None, :, None, :]).flatten(2).flatten(0, 1))
-    return _power_of_two(torch.cat(cells).to(dtype))
-
-
-def _is_plain_cpu(device: torch.device) -> bool:
-    """Whether windows can be kept: eager, on a CPU, without autocast."""
-    if torch.jit.is_scripting():
-        return False
-    # on CUDA a tensor belongs to its stream, or to the graph that is being captured
-    if device.type != 'cpu' or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False
-    return not torch.is_autocast_enabled('cpu')
-
-
-_windows: Dict[tuple, Tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-@torch.jit.unused
-def _kept_cell_windows(
-        height: int, width: int, grids: List[int], device: torch.device, dtype: torch.dtype,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """`_cell_windows`, which takes longer than the product with it, kept for up to 32 sizes and 1 MB each."""
-    key = (height, width, *grids, dtype)
-    windows = _windows.get(key)
-    if windows is None:
-        with torch.inference_mode(False):  # so that training can use them later
-            windows = _cell_windows(height, width, grids, device, dtype)
-        if windows[0].nbytes <= 2 ** 20 and _has_memory(windows[0]):
-            if len(_windows) >= 32:
-                _windows.clear()
-            _windows[key] = windows
-    return windows
-
-
-def _has_memory(x: torch.Tensor) -> bool:
-    """False for tensors that end with their context: fake ones, and those of torch.func's transforms."""
-    try:
-        return type(x) is torch.Tensor and x.data_ptr() != 0
-    except RuntimeError:
-        return False
-
-
 def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torch.Tensor:
     """Weight of every position in `spatial_weighted_sum`: sum of weight / area over the cells that cover it.
 
@@ -125,20 +75,24 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
     grids = [w.shape[-1] for w in weights]
     device = weights[0].device
     dtype = torch.promote_types(weights[0].dtype, torch.float32)  # half precision rounds the areas
+    rows = _axis_windows(height, grids, device)
+    is_square = not _size_may_vary(height, width) and height == width
+    cols = rows if is_square else _axis_windows(width, grids, device)
+
     if len(grids) == 1 and not _size_may_vary(height, width):
         # Axis by axis, as the windows of all cells would fill a matrix (g * g, H * W). Its reshapes guard traced sizes.
-        rows, row_scale = _power_of_two(_axis_windows(height, grids, device).to(dtype))
-        cols, col_scale = _power_of_two(_axis_windows(width, grids, device).to(dtype))
+        rows, row_scale = _power_of_two(rows.to(dtype))
+        cols, col_scale = _power_of_two(cols.to(dtype))
         weight = weights[0].to(dtype).squeeze(1) * (row_scale.unsqueeze(1) * col_scale)
         channels, grid = weight.shape[:2]
         kernel = weight.transpose(1, 2).reshape(channels * grid, grid) @ rows
         kernel = kernel.reshape(channels, grid, height).transpose(1, 2).reshape(channels * height, grid) @ cols
         return kernel.reshape(channels, height * width)
 
-    if _is_plain_cpu(device):
-        matrix, scale = _kept_cell_windows(height, width, grids, device, dtype)
-    else:
-        matrix, scale = _cell_windows(height, width, grids, device, dtype)
+    cells: List[torch.Tensor] = []
+    for r, c in zip(rows.split(grids), cols.split(grids)):
+        cells.append((r[:, None, :, None] & c[None, :, None, :]).flatten(2).flatten(0, 1))
+    matrix, scale = _power_of_two(torch.cat(cells).to(dtype))
     return (torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype) * scale) @ matrix
 
 
@@ -163,13 +117,10 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
     if not _size_may_vary(height, width) and height % grid == 0 and width % grid == 0:
         # each coarser cell is a block of cells of the finest grid, so its weight is spread over them
         weight = weights[-1]
-        if len(weights) > 1 and _is_plain_cpu(x.device):
-            weight = spatial_kernel(grid, grid, weights).to(weight.dtype)
-        else:
-            for w in weights[:-1]:
-                g, ratio = w.shape[-1], grid // w.shape[-1]
-                weight = weight.reshape(-1, g, ratio, g, ratio) + w.reshape(-1, g, 1, g, 1) / (ratio * ratio)
-        weight = weight.reshape(1, -1, grid, grid)
+        for w in weights[:-1]:
+            ratio = grid // w.shape[-1]
+            weight = weight + F.interpolate(w, size=(grid, grid)) / (ratio * ratio)
+        weight = weight.transpose(0, 1)
         if nhwc:
             # otherwise the gradient is NCHW and avg_pool2d's backward copies all of x
             weight = weight.contiguous(memory_format=torch.channels_last)
@@ -179,13 +130,6 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
             # vectorized along the rows, avg_pool2d goes window by window
             cells = x.unflatten(2, (grid, height // grid)).mean(3).unflatten(3, (grid, width // grid)).mean(4)
         return (cells * weight).sum((2, 3), keepdim=True)
-
-    dtype = torch.promote_types(x.dtype, weights[-1].dtype)
-    if nhwc and len(weights) > 1 and x.dtype == torch.promote_types(dtype, torch.float32) and _is_plain_cpu(x.device):
-        windows, scale = _kept_cell_windows(height, width, [w.shape[-1] for w in weights], x.device, x.dtype)
-        cells = torch.bmm(windows.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2))  # (B, sum of g^2, C)
-        weight = torch.cat([w.flatten(1) for w in weights], dim=1) * scale
-        return (cells * weight.t()).sum(1)[:, :, None, None]
 
     # cells may overlap: one product with the weight of every position is cheaper than pooling to them
     if torch.jit.is_scripting():
@@ -200,7 +144,7 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         s = (x.transpose(1, 2) * kernel.t().contiguous()).sum(1)
     else:
         s = (x * kernel).sum(2)
-    return s.to(dtype).unsqueeze(-1).unsqueeze(-1)
+    return s.to(torch.promote_types(x.dtype, weights[-1].dtype)).unsqueeze(-1).unsqueeze(-1)
 
 
 class SEPoolModule(nn.Module):
