@@ -124,6 +124,20 @@ def test_failures(fault: str, message: str, capsys, monkeypatch) -> None:
     assert main(args) == 0 and len(results(fault)) == 4
 
 
+def test_damaged_run(undisturbed, monkeypatch, capsys) -> None:
+    """Nothing is deleted unasked, and a run whose process failed after its last row is not called a success."""
+    monkeypatch.setenv('STAND_IN', '9 1 2')
+    args = argv('damaged', models=MODELS[:1])
+    assert main(args) == 1 and 'failed with exit code -9' in capsys.readouterr().err and len(results('damaged')) == 2
+    monkeypatch.delenv('STAND_IN')
+    run = Path('damaged', 'runs', 'resnet18', '1')
+    (run / 'summary.csv').write_text((run / 'summary.csv').read_text()[:-5])
+    (run / 'last.pth.tar').unlink()
+    assert main(args) == 2 and 'no checkpoint. Restore summary.csv' in capsys.readouterr().err and run.exists()
+    assert main([*args[:1], '--restart', *args[1:]]) == 0 and results('damaged') == [
+        row for row in undisturbed if row['model'] == 'resnet18']
+
+
 def test_full_disk(undisturbed, monkeypatch, capsys) -> None:
     """One error; what is finished stays, and the repeated command gives the rest."""
     write, starts = Path.write_text, itertools.count()
@@ -186,6 +200,11 @@ def test_statistics() -> None:
         found = _comparison.difference(draws[i, j + 1].tolist(), draws[i, 0].tolist())
         expected = [mean[i, j], mean[i, j] - half[i, j], mean[i, j] + half[i, j], p[i, j]]
         np.testing.assert_allclose(found[:4], expected, rtol=1e-9, atol=1e-12)
+    ties = [16, 21, 19, 21, 19, 21, 20, 23, 19, 20, 17, 20]  # of 30 images each: by integers
+    sums = [abs(sum(ties) - 2 * sum(c)) for c in itertools.combinations(ties, 6)]
+    expected = np.mean([s >= abs(sum(ties) - 2 * sum(ties[:6])) for s in sums])
+    accuracies = [n / 30 * 100 for n in ties]
+    assert _comparison.difference(accuracies[:6], accuracies[6:]).p == pytest.approx(expected)
     order, corrected = p.argsort(-1), np.array([_comparison.holm(row) for row in p])
     by_hand = np.minimum(np.maximum.accumulate(np.take_along_axis(p, order, -1) * [4, 3, 2, 1], -1), 1)
     np.testing.assert_allclose(np.take_along_axis(corrected, order, -1), by_hand)
@@ -209,7 +228,8 @@ def test_report(undisturbed, capsys) -> None:
     assert [row.split()[-2] for row in table[2:]] == ['76.79', '77.73', '77.60']  # 100 - the claimed errors
     Path('o/runs/rgse_resnet50/0').mkdir(parents=True)
     Path('o/runs/rgse_resnet50/0/last.pth.tar').touch()
-    assert _comparison.next_step(Path('o'), models, values).endswith(
+    rows = [dict(model=k, seed=i, last_top1=v) for k in values for i, v in enumerate(values[k])]
+    assert _comparison.next_step(Path('o'), models, rows).endswith(
         'timm-sepool push rgse_resnet50 --repo-id USER/NAME --checkpoint o/runs/rgse_resnet50/0/last.pth.tar')
 
 
@@ -246,7 +266,8 @@ def test_commands(monkeypatch, capsys) -> None:
     (['--nproc', '99'], '--device cuda', 'needs 99 GPUs'),
     ([], '-c no.yaml', 'Cannot read no.yaml. Correct --config'), ([], '-c resume.yaml', 'resume.yaml sets resume'),
     ([], '--pretrained-path no.pth', 'The file no.pth does not exist'),
-    (['--paper'], '', 'has its own models and peers'),
+    (['--paper'], '', 'has its own models and peers'), ([], '--model-kw a=1', 'write --model-kwargs in full'),
+    (['--models', 'resnet18.foo'], '--pretrained', 'Invalid pretrained tag'),
     (['--out', 'undisturbed'], '--epochs 9', "was made with train.py's arguments"),
     (['--out', 'undisturbed', '--models', 'w=resnet34'], '', 'w is w=resnet18,layers=(1,1,1,1) in undisturbed'),
     *(([], f'{o} 1', f'{o}: compare sets') for o in ('--model', '--seed', '--outp', '--experiment', '--resume'))])

@@ -60,8 +60,8 @@ def difference(values: Sequence[float], peer: Sequence[float]) -> Difference:
     if len({*values}) > 1 or len({*peer}) > 1:
         low, high = stats.ttest_ind(values, peer, equal_var=False).confidence_interval(0.95)
     p = stats.permutation_test(
-        (values, peer), lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis), vectorized=True,
-        n_resamples=MAX_EXACT, batch=10_000, random_state=0).pvalue
+        (values, peer), lambda a, b, axis: (a.mean(axis=axis) - b.mean(axis=axis)).round(9),  # so that ties are ties
+        vectorized=True, n_resamples=MAX_EXACT, batch=10_000, random_state=0).pvalue
     return Difference(mean, float(low), float(high), float(p), seeds)
 
 
@@ -141,7 +141,7 @@ def write_report(out: Path, settings: Dict[str, Any]) -> str:
     for name, figure in pictures.items():
         with replaced_path(out / name) as path:
             figure.savefig(path)
-    return f'{text}\n\nwrote results.csv, report.md, {", ".join(pictures)} in {out}\n{next_step(out, models, values)}'
+    return f'{text}\n\nwrote results.csv, report.md, {", ".join(pictures)} in {out}\n{next_step(out, models, rows)}'
 
 
 def table(
@@ -202,10 +202,12 @@ def conclusion(models: Dict[str, Any], differences: Dict[str, Difference], corre
     return text
 
 
-def next_step(out: Path, models: Dict[str, Any], values: Dict[str, List[float]]) -> str:
+def next_step(out: Path, models: Dict[str, Any], rows: List[Dict[str, Any]]) -> str:
     """How to publish the network with the best mean. Not its best seed: choosing that by these images would flatter."""
-    label = max((k for k in values if values[k]), key=lambda k: statistics.fmean(values[k]))
-    checkpoints = sorted((out / 'runs' / label).glob(f'*/{CHECKPOINT}'))
+    label = max((r['model'] for r in rows), key=lambda k: statistics.fmean(
+        r['last_top1'] for r in rows if r['model'] == k))
+    paths = [Run(out, label, r['seed']).folder / CHECKPOINT for r in rows if r['model'] == label]
+    checkpoints = [path for path in paths if path.is_file()]
     try:
         check_model(models[label]['model'])
     except CommandError:

@@ -44,7 +44,8 @@ class Run(NamedTuple):
         try:
             starts = json.loads((self.folder / STARTS).read_text(encoding='utf-8'))
             if starts[-1]['seconds'] is None:  # compare was killed, or trains it just now
-                starts[-1]['seconds'] = round((self.folder / LOG).stat().st_mtime - starts[-1]['began'], 1)
+                seconds = (self.folder / LOG).stat().st_mtime - starts[-1]['began']
+                starts[-1]['seconds'] = max(0., round(seconds, 1))  # below 0: it has printed nothing yet
             return starts
         except (OSError, ValueError):
             return []
@@ -178,6 +179,7 @@ class Job:
         self.starts.append(dict(command=shlex.join(command), env=env, resumed=resumes, began=time.time(), seconds=None))
         self._save()
         with open(run.folder / LOG, 'ab') as log:
+            self.log_start = log.tell()
             self.process = subprocess.Popen(
                 command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 pass_fds=[lock.fileno()])
@@ -215,6 +217,10 @@ def train(plan: Plan, wanted: List[Run], restart: bool) -> int:
     todo: Deque[Tuple[Run, Any]] = deque()
     with ExitStack() as stack:
         for run in [run for run in wanted if not read_progress(run).finished]:
+            if read_progress(run).damaged and not restart and not (run.folder / CHECKPOINT).exists():
+                raise CommandError(
+                    f'{run.folder} has a damaged summary.csv and no checkpoint. Restore summary.csv, or pass '
+                    '--restart to train the run anew.')
             lock = stack.enter_context(locked(plan.out / '.locks' / f'{run.label}-{run.seed}', seconds=6))
             if lock is None:  # a worker of train.py's loader outlives it by 5 s
                 raise CommandError(
@@ -256,13 +262,17 @@ def _tell(job: Job, count: str, bar: Any) -> bool:
     """Print how a run has ended. Returns whether it is finished."""
     progress, code = read_progress(job.run), job.process.returncode
     head = f'[{count}] {job.run.label}, seed {job.run.seed}:'
-    if progress.finished:
+    if progress.finished and not code:
         if bar.disable:
             top1, seconds = progress.rows[progress.epochs - 1]['eval_top1'], job.starts[-1]['seconds']
             print(f'{head} top-1 {top1:.2f} % after {seconds:.0f} s', file=sys.stderr, flush=True)
         return True
     why = f'failed with exit code {code}' if code else 'ended before its last epoch'
-    log = (job.run.folder / LOG).read_text(encoding='utf-8', errors='replace').strip().splitlines()
+    if progress.damaged and not code:
+        why += f' and line {progress.damaged} of its summary.csv is cut off, so it needs --restart'
+    with open(job.run.folder / LOG, encoding='utf-8', errors='replace') as file:
+        file.seek(job.log_start)
+        log = file.read().strip().splitlines()
     lines = [
         f'{head} train.py {why}. Correct the cause and repeat the command. The end of {job.run.folder / LOG}:',
         *(f'    {line}' for line in log[-8:])]

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.shard:
         print(f'shard {args.shard} has ended; --report makes the results from the runs of all shards')
     elif failed < len(wanted):
-        print(write_report(plan.out, plan.settings))
+        print(write_report(plan.out, read_settings(plan.out) or plan.settings))  # another compare may have added models
     return int(failed > 0)
 
 
@@ -138,9 +138,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.paper:
         for i, label in enumerate(labels):
             models[label]['peer'] = labels[i // 5 * 5 + 1]  # the second row of each backbone is its SE network
-    threads = int(os.environ.get('OMP_NUM_THREADS') or max(1, (os.cpu_count() or 1) // args.nproc))
+    per_level = (os.environ.get('OMP_NUM_THREADS') or '0').split(',')
+    threads = int(per_level[0]) or max(1, (os.cpu_count() or 1) // args.nproc)
     settings = dict(
-        train_args=train_args, nproc=args.nproc, threads=threads, imagenet=_is_imagenet(options), models=models)
+        train_args=train_args, config=options.config_values, nproc=args.nproc, threads=threads,
+        imagenet=_is_imagenet(options), models=models)
     _merge(args.out, settings, known)
     if not args.paper:
         peers = [m['peer'] for m in settings['models'].values() if m['peer']]
@@ -149,7 +151,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     start = [sys.executable] if args.nproc == 1 else [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(args.nproc)]
     # first, so that the user's own value counts
-    command = [*start, str(script), '--checkpoint-hist', '1', *_without_model_kwargs(train_args)]
+    hist = [] if 'checkpoint_hist' in (options.config_values or {}) else ['--checkpoint-hist', '1']
+    command = [*start, str(script), *hist, *_without_model_kwargs(train_args)]
     return Plan(args.out, settings, labels, command, options.device, args.jobs, options.batch_size)
 
 
@@ -174,6 +177,8 @@ def parse_train_args(argv: List[str]) -> argparse.Namespace:
     for option in [arg.split('=')[0] for arg in argv]:
         if option.startswith('--') and any(name.startswith(option) for name in OWN_OPTIONS):  # or an abbreviation
             raise CommandError(f'{option}: compare sets {", ".join(OWN_OPTIONS)}. Leave out {option}.')
+        if option.startswith('--model-k') and option != '--model-kwargs':
+            raise CommandError(f'{option}: write --model-kwargs in full.')
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = fail  # type: ignore[assignment,method-assign]
     parser.add_argument('-c', '--config')
@@ -181,6 +186,7 @@ def parse_train_args(argv: List[str]) -> argparse.Namespace:
     for option, kwargs in TRAIN_OPTIONS.items():
         parser.add_argument(option, **kwargs)
     options = parser.parse_known_args(argv)[0]
+    config: Optional[Dict[str, Any]] = None
     if options.config:
         try:
             config = yaml.safe_load(Path(options.config).read_text(encoding='utf-8')) or {}
@@ -190,6 +196,7 @@ def parse_train_args(argv: List[str]) -> argparse.Namespace:
         if config.get('resume'):
             raise CommandError(f'{options.config} sets resume, which compare sets itself. Remove it there.')
         options = parser.parse_known_args(argv)[0]
+    options.config_values = config
     if not options.data_dir and not options.dataset:
         raise CommandError('No data folder is given. Pass --data-dir DIR to train.py, after `--`.')
     if options.data_dir and not options.dataset and not Path(options.data_dir).exists():
@@ -215,7 +222,10 @@ def make_model(text: str, options: argparse.Namespace) -> Dict[str, Any]:
     label, name, attention, own_kwargs = parse_spec(text)
     kwargs = {**options.model_kwargs, **own_kwargs}
     if options.pretrained and not options.pretrained_path:
-        cfg = get_pretrained_cfg(kwargs.get('base', name))
+        try:
+            cfg = get_pretrained_cfg(kwargs.get('base', name))
+        except RuntimeError as e:  # an unknown tag
+            raise CommandError(f'Cannot create {text}: {first_line(e)}') from e
         if cfg is None or not cfg.has_weights:
             raise CommandError(f'{name} has no pretrained weights. Leave out --pretrained or choose another model.')
     in_chans = options.in_chans or (options.input_size or [3])[0]
@@ -291,9 +301,9 @@ def _merge(out: Path, settings: Dict[str, Any], known: Optional[Dict[str, Any]])
     """Add the models and threads of compare.json. Raises CommandError if their runs could not be compared."""
     if known is None:
         return
-    for key, name in (('train_args', "train.py's arguments"), ('nproc', '--nproc')):
-        if known[key] != settings[key]:
-            before, now = (shlex.join(v) if isinstance(v, list) else v for v in (known[key], settings[key]))
+    for key, name in (('train_args', "train.py's arguments"), ('config', "train.py's config"), ('nproc', '--nproc')):
+        if known.get(key) != settings[key]:
+            before, now = (shlex.join(v) if isinstance(v, list) else v for v in (known.get(key), settings[key]))
             raise CommandError(f'{out} was made with {name} {before}, not {now}. Pass the former or another --out.')
     settings['threads'], models = known['threads'], {**known['models']}
     for label, model in json.loads(json.dumps(settings['models'])).items():
