@@ -139,7 +139,7 @@ def test_architectures() -> None:
             continue
         info = getattr(original, 'feature_info', [])
         stages = [stage['module'] for stage in getattr(info, 'info', info) if stage.get('module')]
-        for modules in (None, *stages[-1:], *stages[:2]):
+        for modules in (None, *stages[-1:], *stages[:1]):
             try:
                 adopt(original, 'spse', modules=modules, norm=False)
             except ValueError as e:
@@ -159,7 +159,7 @@ def test_architectures() -> None:
         assert kinds['SE'].keys() >= FAMILIES.keys() and modules[0] == modules[1]
         if timm.__version__ == '1.0.31':  # as docs/adopt.md says
             assert {kind: (len(names), sum(names.values())) for kind, names in kinds.items()} == {
-                'SE': (334, 6811), 'inserted': (222, 5368), 'named': (324, 324), 'refused': (491, 0)}
+                'SE': (334, 6811), 'inserted': (222, 5368), 'named': (318, 318), 'refused': (497, 0)}
     found = {name: (kind, n) for kind in kinds for name, n in kinds[kind].items()}
     assert {name: found[name] for name in COUNTED} == COUNTED
 
@@ -167,7 +167,7 @@ def test_architectures() -> None:
 COUNTED = {
     'resnet18': ('inserted', 8), 'vgg11_bn': ('inserted', 8), 'inception_v3': ('inserted', 11),
     'vit_tiny_patch16_224': ('refused', 0), **({} if not FULL else {
-        'inception_v4': ('inserted', 14), 'inception_resnet_v2': ('inserted', 40), 'densenet121': ('named', 1),
+        'inception_v4': ('inserted', 14), 'inception_resnet_v2': ('inserted', 40), 'densenet121': ('refused', 0),
         'swin_tiny_patch4_window7_224': ('refused', 0)})}
 
 
