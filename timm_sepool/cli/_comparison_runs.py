@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -86,21 +87,26 @@ def read_progress(run: Run) -> Progress:
                 rows[int(row['epoch'])] = row
         except (ValueError, KeyError):
             damaged = damaged or i
-    return Progress(_scheduled_epochs(run.folder / 'args.yaml'), rows, damaged)
+    try:
+        args = (run.folder / 'args.yaml').read_text(encoding='utf-8')
+    except (OSError, ValueError):
+        args = ''
+    return Progress(_scheduled_epochs(args), rows, damaged)
 
 
-def _scheduled_epochs(path: Path) -> int:
-    """Number of epochs that train.py schedules by its args.yaml, 0 if that is missing."""
+@lru_cache  # the bar asks ten times a second
+def _scheduled_epochs(text: str) -> int:
+    """Number of epochs that train.py schedules by the text of its args.yaml, 0 if that is damaged."""
     import torch
     import yaml
 
     from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
     try:
-        args = Namespace(**yaml.safe_load(path.read_text(encoding='utf-8')))
+        args = Namespace(**yaml.safe_load(text))
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
         return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)[1]
-    except (OSError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+    except (TypeError, ValueError, AttributeError, yaml.YAMLError):
         return 0
 
 
@@ -217,15 +223,16 @@ def train(plan: Plan, wanted: List[Run], restart: bool) -> int:
     todo: Deque[Tuple[Run, Any]] = deque()
     with ExitStack() as stack:
         for run in [run for run in wanted if not read_progress(run).finished]:
-            if read_progress(run).damaged and not restart and not (run.folder / CHECKPOINT).exists():
-                raise CommandError(
-                    f'{run.folder} has a damaged summary.csv and no checkpoint. Restore summary.csv, or pass '
-                    '--restart to train the run anew.')
             lock = stack.enter_context(locked(plan.out / '.locks' / f'{run.label}-{run.seed}', seconds=6))
             if lock is None:  # a worker of train.py's loader outlives it by 5 s
                 raise CommandError(
                     f'Another process trains {run.folder}. Wait for it, end it, or share the runs by --shard I/N.')
-            if not read_progress(run).finished:  # not even meanwhile
+            progress = read_progress(run)  # another process may have trained it meanwhile
+            if progress.damaged and not progress.finished and not restart and not (run.folder / CHECKPOINT).exists():
+                raise CommandError(
+                    f'{run.folder} has a damaged summary.csv and no checkpoint. Restore summary.csv, or pass '
+                    '--restart to train the run anew.')
+            if not progress.finished:
                 todo.append((run, lock))
         done = total - len(todo)
         bar = stack.enter_context(tqdm(

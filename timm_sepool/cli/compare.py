@@ -247,7 +247,7 @@ def make_model(text: str, options: argparse.Namespace) -> Dict[str, Any]:
     classes = {type(module).__name__ for module in model.modules()}
     return dict(
         spec=text, label=label, model=name, model_kwargs=[f'{k}={v}' for k, v in kwargs.items()], peer=None,
-        has_se=attention in (None, '', 'se') and not classes.isdisjoint({'SEModule', 'SqueezeExcite'}),
+        has_se=attention in ('', 'se') and not classes.isdisjoint({'SEModule', 'SqueezeExcite'}),
         params=sum(p.numel() for p in model.parameters()), gmacs=round(flops.get_total_flops() / 2e9, 6),
         data={k: data[k] for k in ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')})
 
