@@ -60,17 +60,23 @@ COMPARISONS = {
 }
 
 
-def load(folder: Path, split: str) -> Data:
-    """Images of a split ('train' or 't10k'), padded to 32 px and standardized, with labels."""
+def read(folder: Path, split: str) -> List[np.ndarray]:
+    """Images (N, 28, 28) of a split, 'train' or 't10k', and their labels (N,)."""
     arrays = []
     for name in (f'{split}-images-idx3-ubyte', f'{split}-labels-idx1-ubyte'):
         path = folder / name
         raw = path.read_bytes() if path.exists() else gzip.decompress(Path(f'{path}.gz').read_bytes())
         # byte 3 is the number of axes, whose sizes follow as big-endian integers
         shape = np.frombuffer(raw, '>i4', count=raw[3], offset=4)
-        arrays.append(torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()))
-    images = F.pad(arrays[0].unsqueeze(1) / 255, (2, 2, 2, 2))
-    return (images - 0.286) / 0.353, arrays[1].long()  # mean and deviation of the training images
+        arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
+    return arrays
+
+
+def load(folder: Path, split: str) -> Data:
+    """Images of a split, padded to 32 px and standardized, with labels."""
+    pixels, labels = (torch.from_numpy(array.copy()) for array in read(folder, split))
+    images = F.pad(pixels.unsqueeze(1) / 255, (2, 2, 2, 2))
+    return (images - 0.286) / 0.353, labels.long()  # mean and deviation of the training images
 
 
 def select(data: Data, classes: Sequence[int], per_class: int, seed: int) -> Data:

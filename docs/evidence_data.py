@@ -1,6 +1,6 @@
 """ The images of docs/evidence.md, as image folders SPLIT/CLASS/NUMBER.png of 32 px and one channel
 
-    python docs/evidence/make_data.py --fashion /usr/share/datasets/fashion-mnist --out data
+    python docs/evidence_data.py --fashion /usr/share/datasets/fashion-mnist --out data
 
 The first folder holds the four idx files of Fashion-MNIST, as they are or gzipped. Written are
 - fashion: 6,000 of the 60,000 training images, and as validation the 10,000 test images
@@ -8,11 +8,11 @@ The first folder holds the four idx files of Fashion-MNIST, as they are or gzipp
 - place, marked: the same generated images with two labellings (`draw`)
 """
 import argparse
-import gzip
 from pathlib import Path
 from typing import Dict, Tuple
 
 import numpy as np
+from exact_start import read
 from PIL import Image
 
 NUM_TRAIN = 6_000  # of Fashion-MNIST
@@ -22,18 +22,6 @@ GLYPHS = np.array([[[row[i] == '#' for i in range(7)] for row in glyph.split()] 
     '#.....# .#...#. ..#.#.. ...#... ..#.#.. .#...#. #.....#',
     '...#... ...#... ...#... ####### ...#... ...#... ...#...',
     '...#... ..#.#.. .#...#. #.....# .#...#. ..#.#.. ...#...')])
-
-
-def read(folder: Path, split: str) -> Tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) of a split, 'train' or 't10k', and their labels (N,)."""
-    arrays = []
-    for name in (f'{split}-images-idx3-ubyte', f'{split}-labels-idx1-ubyte'):
-        path = folder / name
-        raw = path.read_bytes() if path.exists() else gzip.decompress(Path(f'{path}.gz').read_bytes())
-        # byte 3 is the number of axes, whose sizes follow as big-endian integers
-        shape = np.frombuffer(raw, '>i4', count=raw[3], offset=4)
-        arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
-    return arrays[0], arrays[1]
 
 
 def draw(rng: np.random.Generator) -> Tuple[np.ndarray, Dict[str, int]]:
