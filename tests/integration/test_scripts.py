@@ -204,7 +204,7 @@ def test_compare(folder: Path, monkeypatch) -> None:
         processes = [start(out, *options, '--shard', f'{i + 1}/{shards}') for i in range(shards)]
         assert [process.wait() for process in processes] == [0] * shards
         assert main(['compare', '--out', out, '--report']) == 0
-        rows[out] = [{**row, 'seconds': ''} for row in csv.DictReader(Path(out, 'results.csv').read_text().splitlines())]
+        rows[out] = [{**row, 'seconds': ''} for row in csv.DictReader(Path(out, 'results.csv').read_text().split('\n'))]
     assert rows['a'] == rows['b'] == rows['d'] and len(rows['c']) == 4
     assert {row['model'] for row in rows['c'] if row['resumed'] != '0'} <= {'seresnet50'}
 
