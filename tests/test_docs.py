@@ -3,6 +3,7 @@ import csv
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 from typing import List
 
@@ -13,7 +14,7 @@ import timm
 from helpers.common import NAMES, serve_donor
 from helpers.hub_server import HubServer
 from timm_sepool.cli._models import DONOR_RESULTS, TABLE
-from timm_sepool.cli.main import _parser
+from timm_sepool.cli.main import _parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / 'README.md', ROOT / '.github' / 'CONTRIBUTING.md', *(ROOT / 'docs').rglob('*.md')])
@@ -62,6 +63,17 @@ def test_exact_start() -> None:
         rows = list(csv.DictReader(f))
     assert len({(r['seed'], r['arm'], r['images'], r['regime']) for r in rows}) == len(rows) == 10 * 12 * 4
     assert script['tables'](rows) in (ROOT / 'docs' / 'exact_start.md').read_text()
+
+
+@pytest.mark.parametrize('task', ['fashion', 'place', 'marked', 'start_rgse', 'start_spse'])
+def test_evidence(tmp_path: Path, task: str) -> None:
+    """The page has the tables that `compare` makes of the rows of all its runs, eight of each model."""
+    folder = shutil.copytree(ROOT / 'docs' / 'evidence' / task, tmp_path / task)
+    report, results = ((folder / name).read_text() for name in ('report.md', 'results.csv'))
+    assert main(['compare', '--out', str(folder), '--report']) == 0
+    assert (report, results) == ((folder / 'report.md').read_text(), (folder / 'results.csv').read_text())
+    table = re.search(r'(^\|.*\n)+', report, re.MULTILINE).group()
+    assert table.count(' 8 |\n') == table.count('\n') - 2 and table in (ROOT / 'docs' / 'evidence.md').read_text()
 
 
 def test_tables() -> None:

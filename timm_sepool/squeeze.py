@@ -61,13 +61,51 @@ def _power_of_two(windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return windows / power.unsqueeze(1), power / length
 
 
-def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torch.Tensor:
+def _is_eager_cpu(device: torch.device) -> bool:
+    """Whether operations run as they are called, on a CPU and in the precision of their tensors."""
+    if torch.jit.is_scripting():
+        return False
+    if device.type != 'cpu' or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return not torch.is_autocast_enabled('cpu')
+
+
+def _axis_averages(size: int, grid: int) -> List[List[float]]:
+    """`_axis_windows` of one grid, each divided by its length, as Python numbers."""
+    averages = []
+    for i in range(grid):
+        start, stop = i * size // grid, ((i + 1) * size + grid - 1) // grid
+        averages.append([0.] * start + [1. / (stop - start)] * (stop - start) + [0.] * (size - stop))
+    return averages
+
+
+@torch.jit.unused
+def _cell_averages(
+        height: int, width: int, grids: List[int], device: torch.device, dtype: torch.dtype,
+) -> torch.Tensor:
+    """Matrix (sum of g * g, H * W) that averages over each cell of every grid.
+
+    It takes 5 operations. Those of `_axis_windows` and `_power_of_two`, about 50, take longer than one image's squeeze.
+    """
+    rows: List[List[float]] = []
+    cols: List[List[float]] = []
+    for grid in grids:
+        rows += [row for row in _axis_averages(height, grid) for _ in range(grid)]
+        cols += _axis_averages(width, grid) * grid
+    row_averages = torch.tensor(rows, device=device, dtype=dtype)
+    return (row_averages.unsqueeze(2) * torch.tensor(cols, device=device, dtype=dtype).unsqueeze(1)).flatten(1)
+
+
+def spatial_kernel(
+        height: int, width: int, weights: List[torch.Tensor], channels_last: bool = False,
+) -> torch.Tensor:
     """Weight of every position in `spatial_weighted_sum`: sum of weight / area over the cells that cover it.
 
     Args:
         height: Height H of the feature map.
         width: Width W of the feature map.
         weights: Depthwise kernels (C, 1, g, g) of adaptive average pooling to g x g cells, for any grids g.
+        channels_last: Whether to lay the weights of several grids out position by position.
 
     Returns:
         Weights (C, H * W), in float32 at least, or in the dtype of the autocast context if there is one.
@@ -75,10 +113,14 @@ def spatial_kernel(height: int, width: int, weights: List[torch.Tensor]) -> torc
     grids = [w.shape[-1] for w in weights]
     device = weights[0].device
     dtype = torch.promote_types(weights[0].dtype, torch.float32)  # half precision rounds the areas
+    if len(grids) > 1 and _is_eager_cpu(device):
+        matrix = _cell_averages(height, width, grids, device, dtype)
+        weight = torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype)
+        return (matrix.t() @ weight.t()).t() if channels_last else weight @ matrix
+
     rows = _axis_windows(height, grids, device)
     is_square = not _size_may_vary(height, width) and height == width
     cols = rows if is_square else _axis_windows(width, grids, device)
-
     if len(grids) == 1 and not _size_may_vary(height, width):
         # Axis by axis, as the windows of all cells would fill a matrix (g * g, H * W). Its reshapes guard traced sizes.
         rows, row_scale = _power_of_two(rows.to(dtype))
@@ -118,9 +160,10 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         # each coarser cell is a block of cells of the finest grid, so its weight is spread over them
         weight = weights[-1]
         for w in weights[:-1]:
-            ratio = grid // w.shape[-1]
-            weight = weight + F.interpolate(w, size=(grid, grid)) / (ratio * ratio)
-        weight = weight.transpose(0, 1)
+            g, ratio = w.shape[-1], grid // w.shape[-1]
+            weight = torch.add(
+                weight.reshape(-1, g, ratio, g, ratio), w.reshape(-1, g, 1, g, 1), alpha=1. / (ratio * ratio))
+        weight = weight.reshape(1, -1, grid, grid)
         if nhwc:
             # otherwise the gradient is NCHW and avg_pool2d's backward copies all of x
             weight = weight.contiguous(memory_format=torch.channels_last)
@@ -133,12 +176,12 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
 
     # cells may overlap: one product with the weight of every position is cheaper than pooling to them
     if torch.jit.is_scripting():
-        kernel = spatial_kernel(height, width, weights)
+        kernel = spatial_kernel(height, width, weights, nhwc)
     elif x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        kernel = spatial_kernel(height, width, weights)
+        kernel = spatial_kernel(height, width, weights, nhwc)
     else:
         with torch.autocast(x.device.type, enabled=False):  # weight / area can be below float16's normal range
-            kernel = spatial_kernel(height, width, weights)
+            kernel = spatial_kernel(height, width, weights, nhwc)
     x = x.flatten(2)
     if nhwc:
         s = (x.transpose(1, 2) * kernel.t().contiguous()).sum(1)

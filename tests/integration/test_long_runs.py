@@ -58,9 +58,8 @@ def usage() -> Dict[str, int]:
     """What the process holds now. 'rss' (bytes, on Linux) is not exact: it includes pages that no object needs."""
     gc.collect()
     kinds = [type(o) for o in gc.get_objects()]
-    held = dict(objects=len(kinds))
-    for name, kind in dict(tensors=torch.Tensor, modules=torch.nn.Module).items():
-        held[name] = sum(issubclass(k, kind) for k in kinds)
+    counted = dict(objects=object, tensors=torch.Tensor, modules=torch.nn.Module)
+    held = {name: sum(issubclass(k, kind) for k in kinds) for name, kind in counted.items()}
     if sys.platform == 'linux':
         held['rss'] = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     return held
