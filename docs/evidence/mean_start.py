@@ -1,10 +1,10 @@
-""" timm-sepool and timm's train.py with two more models, whose fusion starts as a mean: rgse_mean and spse_mean
+""" timm-sepool and timm's train.py with three more models: rgse_mean and spse_mean start as a mean, se_norm stays one
 
     python docs/evidence/mean_start.py compare --train-script docs/evidence/mean_start.py ...
 
 is `timm-sepool compare` with them. Its runs call this file, which starts the train.py in the folder $TIMM_SCRIPTS. The
 models are rgse_resnet50 and spse_resnet50 with every kernel of the fusion at 1 / g^2 instead of random. All other
-weights are drawn as before.
+weights are drawn as before. se_norm is rgse_mean whose kernels are not trained: an SE network with the norm of RGSE.
 """
 import os
 import runpy
@@ -31,6 +31,14 @@ def _create(name: str, pretrained: bool, kwargs) -> nn.Module:
 @register_model
 def rgse_mean(pretrained: bool = False, **kwargs) -> nn.Module:
     return _create('rgse_resnet50', pretrained, kwargs)
+
+
+@register_model
+def se_norm(pretrained: bool = False, **kwargs) -> nn.Module:
+    model = _create('rgse_resnet50', pretrained, kwargs)
+    for name, param in model.named_parameters():
+        param.requires_grad = not name.endswith('.se.weight')
+    return model
 
 
 @register_model
