@@ -79,14 +79,22 @@ def holm(p_values: Sequence[float]) -> List[float]:
     return corrected
 
 
-def differing_preprocessing(settings: Dict[str, Any]) -> List[str]:
-    """A note if the models, by the defaults of their names, would be trained with different preprocessing."""
-    entries = [model['data'] for model in settings['models'].values()]
+def differing_conditions(settings: Dict[str, Any]) -> List[str]:
+    """Notes if the models, by the defaults of their names, have different preprocessing or initial weights."""
+    models = settings['models'].values()
+    entries = [model['data'] for model in models]
     keys = [k for k in entries[0] if len({json.dumps(entry[k]) for entry in entries}) > 1]
-    return [
+    notes = [
         f'The models differ in {", ".join(keys)}, by the defaults of their names. To compare the networks alone, pass '
         f'{", ".join("--" + k.replace("input_size", "img-size").replace("_", "-") for k in keys)} to train.py.'
     ] if keys else []
+    unset = [m for m in models if 'resne' in m['spec'] and 'zero_init_last' not in ' '.join(m['model_kwargs'])]
+    pretrained = '--pretrained' in settings['train_args'] or (settings['config'] or {}).get('pretrained')
+    if len({m['model'].startswith(('rgse_', 'spse_')) for m in unset}) > 1 and not pretrained:
+        notes.append(
+            "The last norm of each block starts with ones in the paper's networks and with zeros in timm's. To compare "
+            'the networks alone, pass --model-kwargs zero_init_last=False to train.py.')
+    return notes
 
 
 def collect(out: Path, settings: Dict[str, Any]) -> Tuple[List[Dict[str, Any]], Dict[str, list], List[str]]:
@@ -130,7 +138,7 @@ def write_report(out: Path, settings: Dict[str, Any]) -> str:
     text = '\n'.join([
         '# Accuracy by model', '', f'`train.py {shlex.join(settings["train_args"])}`', '',
         *table(settings, values, differences, corrected), '', conclusion(models, differences, corrected), '', *(
-            f'- {note}' for note in [*EXPLANATIONS, *differing_preprocessing(settings), *notes])])
+            f'- {note}' for note in [*EXPLANATIONS, *differing_conditions(settings), *notes])])
     with replaced_path(out / 'results.csv') as path, open(path, 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
         writer.writeheader()

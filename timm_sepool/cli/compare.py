@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from ._arguments import ModelKwargs
-from ._comparison import check_libraries, differing_preprocessing, write_report
+from ._comparison import check_libraries, differing_conditions, write_report
 from ._comparison_runs import Plan, Run, describe, locked, train
 from ._models import TABLE, create_on_meta, parse_spec
 from ._output import CommandError, first_line, replaced_path
@@ -27,8 +27,8 @@ PAPER_RECIPE = (
     '--opt momentum --momentum 0.9 --lr 0.1 -b 256 --epochs 100 --sched step --decay-epochs 30 --decay-rate 0.1 '
     '--warmup-epochs 0 --weight-decay 1e-4 --opt-kwargs filter_bias_and_bn=False --smoothing 0 --color-jitter 0 '
     '--train-interpolation bilinear --interpolation bilinear --crop-pct 0.875')
-# the default tags of some peers have others
-PAPER_INPUT = '--img-size 224 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225'
+# the default tags of some peers have others, and timm's networks another start
+PAPER_INPUT = '--img-size 224 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --model-kwargs zero_init_last=False'
 OWN_OPTIONS = ('--model', '--seed', '--output', '--experiment', '--resume')
 TIMM_ATTENTIONS = ('se', 'eca', 'cbam', 'coord')
 # the arguments of train.py that matter here
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f'--shard takes I/N with I from 1 to N, for example 1/4, got {args.shard!r}.')
     plan = make_plan(args)
     wanted = [Run(plan.out, label, seed) for seed in range(args.seeds) for label in plan.labels][shard - 1::num_shards]
-    for note in differing_preprocessing(plan.settings):
+    for note in differing_conditions(plan.settings):
         print(f'timm-sepool compare: {note}', file=sys.stderr)
     if args.dry_run:
         print(describe(plan, wanted, args.restart))
