@@ -65,7 +65,7 @@ def test_exact_start() -> None:
     assert script['tables'](rows) in (ROOT / 'docs' / 'exact_start.md').read_text()
 
 
-@pytest.mark.parametrize('task', ['fashion', 'place', 'marked', 'start_rgse', 'start_spse', 'norm'])
+@pytest.mark.parametrize('task', [path.parent.name for path in sorted((ROOT / 'docs' / 'evidence').glob('*/runs'))])
 def test_evidence(tmp_path: Path, task: str) -> None:
     """The page has the tables that `compare` makes of the rows of all its runs, eight of each model."""
     folder = shutil.copytree(ROOT / 'docs' / 'evidence' / task, tmp_path / task)
