@@ -73,7 +73,10 @@ def test_evidence(tmp_path: Path, task: str) -> None:
     assert main(['compare', '--out', str(folder), '--report']) == 0
     assert (report, results) == ((folder / 'report.md').read_text(), (folder / 'results.csv').read_text())
     table = re.search(r'(^\|.*\n)+', report, re.MULTILINE).group()
-    assert table.count(' 8 |\n') == table.count('\n') - 2 and table in (ROOT / 'docs' / 'evidence.md').read_text()
+    page = (ROOT / 'docs' / 'evidence.md').read_text()
+    assert table.count(' 8 |\n') == table.count('\n') - 2 and table in page
+    for path in (ROOT / 'docs' / 'evidence' / 'calibration').rglob('summary.csv'):
+        assert f'{float(path.read_text().splitlines()[-1].split(",")[3]):.2f} %' in page
 
 
 def test_tables() -> None:

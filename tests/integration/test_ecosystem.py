@@ -78,8 +78,7 @@ from fastai.vision.all import ImageDataLoaders, Resize, accuracy, set_seed, visi
 set_seed(0)
 dls = ImageDataLoaders.from_folder(
     {str(tmp_path)!r}, valid_pct=0.2, seed=0, bs=32, num_workers=0, item_tfms=Resize(32), device='cpu')
-learner = vision_learner(
-    dls, '{family}_resnet50', pretrained=False, metrics=accuracy, **{TINY})
+learner = vision_learner(dls, '{family}_resnet50', pretrained=False, metrics=accuracy, **{TINY})
 with learner.no_bar(), learner.no_logging():
     before = learner.validate()
     learner.fit_one_cycle(8, 1e-2)

@@ -1,7 +1,6 @@
 """ timm's own tests, from the source distribution of the installed timm, with this package installed
 
-test_models.py runs on models of this package at full size, the tests of the factory, the Hub and checkpoints run
-unchanged. All need the package index, so they run with --full only. `pytest -s` shows the counts.
+test_models.py runs on models of this package, the others unchanged, all with --full only: they need the package index.
 """
 import os
 import re
