@@ -113,29 +113,31 @@ def spatial_kernel(
     grids = [w.shape[-1] for w in weights]
     device = weights[0].device
     dtype = torch.promote_types(weights[0].dtype, torch.float32)  # half precision rounds the areas
-    if len(grids) > 1 and _is_eager_cpu(device):
-        matrix = _cell_averages(height, width, grids, device, dtype)
-        weight = torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype)
-        return (matrix.t() @ weight.t()).t() if channels_last else weight @ matrix
-
-    rows = _axis_windows(height, grids, device)
-    is_square = not _size_may_vary(height, width) and height == width
-    cols = rows if is_square else _axis_windows(width, grids, device)
     if len(grids) == 1 and not _size_may_vary(height, width):
         # Axis by axis, as the windows of all cells would fill a matrix (g * g, H * W). Its reshapes guard traced sizes.
-        rows, row_scale = _power_of_two(rows.to(dtype))
-        cols, col_scale = _power_of_two(cols.to(dtype))
+        rows, row_scale = _power_of_two(_axis_windows(height, grids, device).to(dtype))
+        cols, col_scale = rows, row_scale
+        if width != height:
+            cols, col_scale = _power_of_two(_axis_windows(width, grids, device).to(dtype))
         weight = weights[0].to(dtype).squeeze(1) * (row_scale.unsqueeze(1) * col_scale)
         channels, grid = weight.shape[:2]
         kernel = weight.transpose(1, 2).reshape(channels * grid, grid) @ rows
         kernel = kernel.reshape(channels, grid, height).transpose(1, 2).reshape(channels * height, grid) @ cols
         return kernel.reshape(channels, height * width)
 
-    cells: List[torch.Tensor] = []
-    for r, c in zip(rows.split(grids), cols.split(grids)):
-        cells.append((r[:, None, :, None] & c[None, :, None, :]).flatten(2).flatten(0, 1))
-    matrix, scale = _power_of_two(torch.cat(cells).to(dtype))
-    return (torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype) * scale) @ matrix
+    weight = torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype)
+    if _is_eager_cpu(device):
+        matrix = _cell_averages(height, width, grids, device, dtype)
+    else:
+        rows = _axis_windows(height, grids, device)
+        is_square = not _size_may_vary(height, width) and height == width
+        cols = rows if is_square else _axis_windows(width, grids, device)
+        cells: List[torch.Tensor] = []
+        for r, c in zip(rows.split(grids), cols.split(grids)):
+            cells.append((r[:, None, :, None] & c[None, :, None, :]).flatten(2).flatten(0, 1))
+        matrix, scale = _power_of_two(torch.cat(cells).to(dtype))
+        weight = weight * scale
+    return (matrix.t() @ weight.t()).t() if channels_last else weight @ matrix
 
 
 @torch.fx.wrap  # a leaf of fx graphs, as fx cannot trace the branches

@@ -35,7 +35,7 @@ def rgse_mean(pretrained: bool = False, **kwargs) -> nn.Module:
 
 @register_model
 def se_norm(pretrained: bool = False, **kwargs) -> nn.Module:
-    model = _create('rgse_resnet50', pretrained, kwargs)
+    model = rgse_mean(pretrained, **kwargs)
     for name, param in model.named_parameters():
         param.requires_grad = not name.endswith('.se.weight')
     return model
