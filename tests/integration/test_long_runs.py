@@ -1,4 +1,5 @@
-""" The same seed gives the same bits, and nothing grows in long runs (--full: ten times as many steps and cycles) """
+""" The same seed gives the same bits, and nothing grows in long runs (--full: 20 times as many steps and cycles) """
+import ctypes
 import gc
 import hashlib
 import os
@@ -50,17 +51,17 @@ def test_same_seed_same_bits() -> None:
     expected = digests(deterministic=False)
     assert run_processes(digests, 1) == [expected]
     assert digest(FAMILIES[0], 'plain', seed=1) != expected[f'{FAMILIES[0]}-plain']
-    for name in FAMILIES:
-        assert len({expected[f'{name}-{case}'] for case in CASES}) == 2
+    assert len(set(expected.values())) == len(expected)
 
 
 def usage() -> Dict[str, int]:
-    """What the process holds now. 'rss' (bytes, on Linux) is not exact: it includes pages that no object needs."""
+    """What the process holds now. 'rss': in bytes, on Linux, without the free pages that glibc keeps for later."""
     gc.collect()
     kinds = [type(o) for o in gc.get_objects()]
     counted = dict(objects=object, tensors=torch.Tensor, modules=torch.nn.Module)
     held = {name: sum(issubclass(k, kind) for k in kinds) for name, kind in counted.items()}
     if sys.platform == 'linux':
+        getattr(ctypes.CDLL(None), 'malloc_trim', abs)(0)
         held['rss'] = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     return held
 
@@ -99,6 +100,5 @@ def test_nothing_grows(run: str) -> None:
     training = run.startswith('train')
     count = (100 if training else 10) * (20 if FULL else 1)
     growth, = run_processes(_growth, 1, *RUNS[run], count, timeout=6000)
-    # fx keeps the source code of what it traces
-    limits = dict(tensors=0, modules=0, objects=count * (0.1 if training else 10), rss=32 * 2 ** 20)
+    limits = dict(tensors=0, modules=0, objects=count * (0.1 if training else 10), rss=2 ** 25)  # fx keeps sources
     assert not {k: v for k, v in growth.items() if v > limits[k]}
