@@ -80,13 +80,6 @@ def test_features(name: str) -> None:
     assert torch.equal(pruned[0], maps[1]) and torch.equal(pruned[1], maps[3])
 
 
-@pytest.mark.parametrize('rate', ['drop_path_rate', 'drop_block_rate', 'drop_rate'])
-def test_drop_rates(rate: str) -> None:
-    """Each alone is active in training and off in eval mode."""
-    model, x = tiny('spse_resnet50', **{rate: 0.5}), images(4, 160, 160)  # DropBlock needs maps larger than its blocks
-    assert torch.equal(model(x), model(x)) and not torch.equal(model.train()(x), model(x))
-
-
 BLOCK_ARGS = [
     dict(), dict(aa_layer=BlurPool2d), dict(stem_type='deep', stem_width=16), dict(avg_down=True, output_stride=8),
     dict(replace_stem_pool=True), dict(block_reduce_first=2, cardinality=1, base_width=64), dict(act_layer='silu'),

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import aot_module, nop
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,9 +64,12 @@ def test_half_precision(grids, dtype: torch.dtype, size, memory_format: torch.me
 @pytest.mark.parametrize('size', [(16, 16), (9, 14)], ids=str)
 @pytest.mark.parametrize('name', ['spse', 'rgse_4', 'rgse_1'])
 def test_functorch(name: str, size) -> None:
-    """vmap over images, and gradients per image."""
+    """vmap over images, and gradients per image. What one mode keeps serves the next, and training."""
     module = build(name, torch.float64).eval()
     x = torch.randn(3, CHANNELS, *size, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        for _ in range(2):  # fake tensors, then real ones
+            torch.testing.assert_close(aot_module(module, nop)(x[:1]), module(x[:1]))
     torch.testing.assert_close(torch.vmap(lambda image: module(image[None])[0])(x), module(x))
     grads = torch.vmap(torch.func.grad(lambda image: module(image[None]).square().sum()))(x)
     torch.testing.assert_close(grads, *torch.autograd.grad(module(x).square().sum(), x))

@@ -12,6 +12,8 @@ Papers / References:
 
 Up to the fusion's norm the squeeze is linear in x, so one read of x is enough for any number of grids.
 """
+import array
+import functools
 from typing import List, Optional, Tuple, Type, Union
 
 import torch
@@ -70,30 +72,27 @@ def _is_eager_cpu(device: torch.device) -> bool:
     return not torch.is_autocast_enabled('cpu')
 
 
-def _axis_averages(size: int, grid: int) -> List[List[float]]:
-    """`_axis_windows` of one grid, each divided by its length, as Python numbers."""
-    averages = []
-    for i in range(grid):
-        start, stop = i * size // grid, ((i + 1) * size + grid - 1) // grid
-        averages.append([0.] * start + [1. / (stop - start)] * (stop - start) + [0.] * (size - stop))
-    return averages
+@functools.lru_cache(maxsize=64)
+def _average_numbers(height: int, width: int, grids: Tuple[Tuple[int, int], ...], typecode: str) -> array.array:
+    """`_cell_averages` as plain numbers, row by row. They can be kept: fake tensors and make_fx refuse kept tensors."""
+    def averages(size: int, grid: int) -> List[List[float]]:
+        windows = [(i * size // grid, ((i + 1) * size + grid - 1) // grid) for i in range(grid)]
+        return [[1. / (stop - start) if start <= pos < stop else 0. for pos in range(size)] for start, stop in windows]
+
+    return array.array(typecode, [
+        r * c for rows, cols in grids for row in averages(height, rows) for col in averages(width, cols)
+        for r in row for c in col])
 
 
 @torch.jit.unused
-def _cell_averages(
-        height: int, width: int, grids: List[int], device: torch.device, dtype: torch.dtype,
-) -> torch.Tensor:
-    """Matrix (sum of g * g, H * W) that averages over each cell of every grid.
+def _cell_averages(height: int, width: int, grids: List[Tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
+    """Matrix (sum of rows * cols, H * W) that averages over each cell of every grid, in float32 or float64 on the CPU.
 
-    It takes 5 operations. Those of `_axis_windows` and `_power_of_two`, about 50, take longer than one image's squeeze.
+    The operations of `_axis_windows` and `_power_of_two`, about 50, take longer than the squeeze of one image.
     """
-    rows: List[List[float]] = []
-    cols: List[List[float]] = []
-    for grid in grids:
-        rows += [row for row in _axis_averages(height, grid) for _ in range(grid)]
-        cols += _axis_averages(width, grid) * grid
-    row_averages = torch.tensor(rows, device=device, dtype=dtype)
-    return (row_averages.unsqueeze(2) * torch.tensor(cols, device=device, dtype=dtype).unsqueeze(1)).flatten(1)
+    numbers = _average_numbers(int(height), int(width), tuple(grids), 'd' if dtype == torch.float64 else 'f')
+    # as in torch.tensor, lift_fresh makes it a tensor of the current mode (fake tensors, make_fx)
+    return torch.ops.aten.lift_fresh.default(torch.frombuffer(numbers, dtype=dtype)).view(-1, height * width)
 
 
 def spatial_kernel(
@@ -126,8 +125,8 @@ def spatial_kernel(
         return kernel.reshape(channels, height * width)
 
     weight = torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype)
-    if _is_eager_cpu(device):
-        matrix = _cell_averages(height, width, grids, device, dtype)
+    if _is_eager_cpu(device) and height * width <= 1024:
+        matrix = _cell_averages(height, width, [(g, g) for g in grids], dtype)
     else:
         rows = _axis_windows(height, grids, device)
         is_square = not _size_may_vary(height, width) and height == width
@@ -138,6 +137,17 @@ def spatial_kernel(
         matrix, scale = _power_of_two(torch.cat(cells).to(dtype))
         weight = weight * scale
     return (matrix.t() @ weight.t()).t() if channels_last else weight @ matrix
+
+
+def _is_one_small_image(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x is the small map of one image, without gradients, in eager mode on a CPU.
+
+    Only then is a product with the windows the fastest form, and its gradient could have another memory format than x.
+    """
+    if torch.jit.is_scripting() or torch.is_grad_enabled() or not _is_eager_cpu(x.device):
+        return False
+    return (x.shape[0] == 1 and x.shape[2] * x.shape[3] <= 1024 and x.dtype == weight.dtype
+            and x.dtype in (torch.float32, torch.float64))
 
 
 @torch.fx.wrap  # a leaf of fx graphs, as fx cannot trace the branches
@@ -169,14 +179,25 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         if nhwc:
             # otherwise the gradient is NCHW and avg_pool2d's backward copies all of x
             weight = weight.contiguous(memory_format=torch.channels_last)
-        if nhwc or width < 16:
+        if not nhwc and _is_one_small_image(x, weight):
+            # each row of cells by itself, as no cell leaves it
+            averages = _cell_averages(height // grid, width, [(1, grid)], x.dtype)
+            cells = averages @ x.reshape(-1, averages.shape[1]).t()
+            cells = cells.view(grid, 1, -1, grid).permute(1, 2, 3, 0)
+        elif nhwc or width < 16:
             cells = F.avg_pool2d(x, (height // grid, width // grid))
         else:
             # vectorized along the rows, avg_pool2d goes window by window
             cells = x.unflatten(2, (grid, height // grid)).mean(3).unflatten(3, (grid, width // grid)).mean(4)
         return (cells * weight).sum((2, 3), keepdim=True)
 
-    # cells may overlap: one product with the weight of every position is cheaper than pooling to them
+    # otherwise cells may overlap
+    if _is_one_small_image(x, weights[-1]):
+        averages = _cell_averages(height, width, [(w.shape[-1], w.shape[-1]) for w in weights], x.dtype)
+        weight = torch.cat([w.flatten(1).t() for w in weights])
+        return (weight * (averages @ x[0].flatten(1).t())).sum(0).view(1, -1, 1, 1)
+
+    # one product with the weight of every position is cheaper than pooling to the cells
     if torch.jit.is_scripting():
         kernel = spatial_kernel(height, width, weights, nhwc)
     elif x.is_meta or not torch.is_autocast_enabled(x.device.type):
