@@ -58,7 +58,7 @@ def losses(model: nn.Module, batch: List[Tuple]) -> Dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize('kind', ['fasterrcnn', 'maskrcnn'])
-@pytest.mark.parametrize('name', ['spse_resnext50', 'regnety_002', 'convnext_atto'])
+@pytest.mark.parametrize('name', ['spse_resnext50', 'ese_vovnet19b_dw', 'convnext_atto'])
 def test_from_scratch(kind: str, name: str) -> None:
     """All but the backbone has torchvision's names, every parameter trains, norms too, and the strides are its own."""
     with torch.device('meta'):
