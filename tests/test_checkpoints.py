@@ -84,7 +84,8 @@ def test_pretrained_strict(source: str, sources, caplog) -> None:
     extra = {**state_dict, 'extra': torch.zeros(3, dtype=torch.long)}
     missing = {k: v for k, v in state_dict.items() if k not in (KEY, 'layer3.0.bn3.weight')}
     for kwargs in ({}, dict(num_classes=7), dict(features_only=True)):
-        for match, bad in ((r'floats: extra\)', extra), (f'missing tensors: {KEY}, layer3.0.bn3.weight', missing),
+        for match, bad in (
+                (r'floats: extra\)', extra), (f'missing tensors: {KEY}, layer3.0.bn3.weight', missing),
                 (f'another shape: {KEY}', {**state_dict, KEY: state_dict[KEY].flatten()})):
             with pytest.raises(RuntimeError, match=match):
                 load(bad, **kwargs)

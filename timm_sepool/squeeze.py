@@ -63,13 +63,13 @@ def _power_of_two(windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return windows / power.unsqueeze(1), power / length
 
 
-def _is_eager_cpu(device: torch.device) -> bool:
-    """Whether operations run as they are called, on a CPU and in the precision of their tensors."""
+def _averages_are_kept(height: int, width: int, device: torch.device) -> bool:
+    """Whether `_cell_averages` serves: for a small map, in eager mode on a CPU and in the precision of the tensors."""
     if torch.jit.is_scripting():
         return False
     if device.type != 'cpu' or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
-    return not torch.is_autocast_enabled('cpu')
+    return not torch.is_autocast_enabled('cpu') and height * width <= 1024
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,7 +125,7 @@ def spatial_kernel(
         return kernel.reshape(channels, height * width)
 
     weight = torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype)
-    if _is_eager_cpu(device) and height * width <= 1024:
+    if _averages_are_kept(height, width, device):
         matrix = _cell_averages(height, width, [(g, g) for g in grids], dtype)
     else:
         rows = _axis_windows(height, grids, device)
@@ -144,10 +144,9 @@ def _is_one_small_image(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Only then is a product with the windows the fastest form, and its gradient could have another memory format than x.
     """
-    if torch.jit.is_scripting() or torch.is_grad_enabled() or not _is_eager_cpu(x.device):
+    if torch.jit.is_scripting() or torch.is_grad_enabled() or not _averages_are_kept(x.shape[2], x.shape[3], x.device):
         return False
-    return (x.shape[0] == 1 and x.shape[2] * x.shape[3] <= 1024 and x.dtype == weight.dtype
-            and x.dtype in (torch.float32, torch.float64))
+    return x.shape[0] == 1 and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
 
 
 @torch.fx.wrap  # a leaf of fx graphs, as fx cannot trace the branches
