@@ -6,6 +6,8 @@ torchvision may not be installed, and torch's compiler takes a second to import.
 from importlib import import_module
 from typing import Any, Dict, Tuple
 
+from torch import nn
+
 # name -> (module, attribute, what it is and why no public name serves)
 PRIVATE: Dict[str, Tuple[str, str, str]] = {
     'SqueezeExcite': (
@@ -14,10 +16,21 @@ PRIVATE: Dict[str, Tuple[str, str, str]] = {
     'dynamo_config': (
         'torch._dynamo', 'config',
         'the limit of compiled variants per code object, which the networks of one class share in a benchmark'),
+    'functorch_is_active': (
+        'torch._C', '_are_functorch_transforms_active',
+        'whether vmap or another transform of torch.func runs, which cannot see into a Triton kernel'),
+    'count_dispatch_modes': (
+        'torch._C', '_len_torch_dispatch_stack',
+        'how many modes, such as make_fx and FLOP counters, record operations, which do not see Triton kernels'),
     'register_detector': (
         'torchvision.models._api', 'register_model',
         'adds a builder to the model registry, whose public functions only read it'),
 }
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks. Torch has no function that tells."""
+    return any(vars(module)[f'_{kind}_hooks'] for kind in ('forward', 'forward_pre', 'backward', 'backward_pre'))
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from timm.models.resnet import Bottleneck, ResNet
 
 # The modules, not their names: if one of them is imported before timm, its import of timm registers these models, and
 # so imports this file, while the module is still half-initialized.
-from . import checkpoints, squeeze
+from . import checkpoints, fused, squeeze
 
 __all__ = ['SEPoolBottleneck', 'SEPoolResNet']  # model_registry will add each entrypoint fn to this
 
@@ -47,6 +47,9 @@ class SEPoolBottleneck(Bottleneck):
             shortcut = self.downsample(shortcut)
         if self.se is not None:
             if (self.drop_path is None or not self.training) and hasattr(self.se, 'forward_gate'):
+                if not torch.jit.is_scripting():
+                    if fused.serves_residual_relu(self.act3, x, shortcut):
+                        return self.se(x, shortcut, relu=True)
                 return self.act3(self.se(x, shortcut))
             x = self.se(x)
         if self.drop_path is not None:

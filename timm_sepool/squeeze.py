@@ -24,6 +24,8 @@ from torch.fx.experimental import symbolic_shapes
 
 from timm.layers import create_act_layer, make_divisible
 
+from . import fused
+
 __all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_kernel', 'spatial_weighted_sum']
 
 # torch 2.5 and 2.7 report every compilation as an export, so compiled graphs take the form that fits all sizes
@@ -149,6 +151,13 @@ def _is_one_small_image(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.shape[0] == 1 and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
 
 
+def _is_gpu_training(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU, where the backward of avg_pool2d is slow unless it is compiled."""
+    if torch.jit.is_scripting():
+        return False
+    return x.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 @torch.fx.wrap  # a leaf of fx graphs, as fx cannot trace the branches
 def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
     """Pool x to grids, weight the cells of each channel and add them up, with one read of x.
@@ -163,6 +172,15 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
     Returns:
         Fused descriptor (B, C, 1, 1), in the common dtype of x and weights.
     """
+    if not torch.jit.is_scripting():
+        fused_sum = fused.weighted_sum(x, weights, _weighted_sum)
+        if fused_sum is not None:
+            return fused_sum
+    return _weighted_sum(x, weights)
+
+
+def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
+    """`spatial_weighted_sum` by operations of torch."""
     height, width = x.shape[-2:]
     grid = weights[-1].shape[-1]
     nhwc = x.stride(1) == 1 and not x.is_contiguous()  # vmap lacks is_contiguous(memory_format=...)
@@ -183,7 +201,7 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
             averages = _cell_averages(height // grid, width, [(1, grid)], x.dtype)
             cells = averages @ x.reshape(-1, averages.shape[1]).t()
             cells = cells.view(grid, 1, -1, grid).permute(1, 2, 3, 0)
-        elif nhwc or width < 16:
+        elif (nhwc or width < 16) and not _is_gpu_training(x):
             cells = F.avg_pool2d(x, (height // grid, width // grid))
         else:
             # vectorized along the rows, avg_pool2d goes window by window
@@ -301,11 +319,17 @@ class SEPoolModule(nn.Module):
         x_se = self.act(self.fc1(self.forward_squeeze(x)))
         return self.gate(self.fc2(x_se))
 
-    def forward(self, x: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Return x * gate, plus shortcut if given, all (B, C, H, W). Raises as `forward_gate`."""
+    def forward(self, x: torch.Tensor, shortcut: Optional[torch.Tensor] = None, relu: bool = False) -> torch.Tensor:
+        """Return x * gate, plus shortcut if given, all (B, C, H, W). Raises as `forward_gate`.
+
+        With relu, which needs `fused.serves_residual_relu`, it is the ReLU of this sum.
+        """
         gate = self.forward_gate(x)
         if shortcut is None:
             return x * gate
+        if not torch.jit.is_scripting():
+            if relu:
+                return fused.residual_relu(x, gate, shortcut)
         if self.training:
             # the backward of addcmul makes one more pass over x than that of the two steps
             return (x * gate).add_(shortcut)

@@ -1,0 +1,87 @@
+""" The kernels for a GPU, run by Triton's interpreter on a CPU, and when they are used. `.ci/gpu` has more """
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.common import images, tiny, training_step
+from timm_sepool import fused
+from timm_sepool.squeeze import spatial_weighted_sum
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected.double()).abs().max() / expected.abs().max()).item()
+
+
+def use_interpreter() -> None:
+    from timm_sepool import kernels
+    fused._kernels = lambda device: kernels
+    fused._is_on_gpu = lambda x: type(x) is torch.Tensor
+    fused.SMALL = 0
+    torch.cuda.device = lambda device: nullcontext()
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
+def check_formulas() -> None:
+    """Outputs, gradients and, in float32, second derivatives are those of the formulas in float64."""
+    use_interpreter()
+    for dtype, fmt, size, grids in (
+            (torch.float32, torch.contiguous_format, (2, 40, 7, 7), (1, 2, 4)),
+            (torch.float32, torch.channels_last, (2, 5, 5, 9), (8,)),
+            (torch.float32, torch.contiguous_format, (1, 3, 1, 1), (2, 3)),
+            (torch.bfloat16, torch.channels_last, (2, 40, 7, 7), (1, 2, 4))):
+        tensors = [t.to(dtype).requires_grad_() for t in (
+            images(*size).to(memory_format=fmt), images(*size[:2], 1, 1).sigmoid(),
+            images(*size).flip(0, 1).to(memory_format=fmt), *(images(size[1], 1, g, g) for g in grids))]
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        assert fused.serves_residual_relu(nn.ReLU(), tensors[0], tensors[2])
+        pooled = [(nn.functional.adaptive_avg_pool2d(wide[0], w.shape[-1]) * w.squeeze(1)).sum((2, 3), True)
+                  for w in wide[3:]]
+        results = []
+        for inputs, total, out in (
+                (tensors, spatial_weighted_sum(tensors[0], tensors[3:]), fused.residual_relu(*tensors[:3])),
+                (wide, sum(pooled), (wide[0] * wide[1] + wide[2]).relu())):
+            loss = total.square().sum() + (out.square() * torch.arange(out.numel()).view_as(out).cos()).sum()
+            first = torch.autograd.grad(loss, inputs, retain_graph=True)
+            graph = torch.autograd.grad(loss, inputs, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in graph), inputs)
+            results.append([total, out, *first, *graph] + [*second] * (dtype == torch.float32))
+        for got, expected in zip(*results):
+            assert got.shape == expected.shape
+            assert error(got, expected) < (1e-5 if dtype == torch.float32 else 4e-2)
+
+
+def check_network() -> None:
+    """A training step is that of torch's operations. Every block is fused but one, whose ReLU has a hook."""
+    model, x, calls = tiny('spse_resnet50', channels=(4, 8, 16, 32)).train(), images(4, 40, 24), []
+    loss, grads = training_step(model, x)
+    use_interpreter()
+    function = fused.residual_relu
+    fused.residual_relu = lambda *args: (calls.append('fused'), function(*args))[1]
+    model.layer1[0].act3.register_forward_hook(lambda *args: calls.append('hook'))
+    got, got_grads = training_step(model, x)
+    assert error(got, loss) < 1e-6
+    assert max(error(got_grads[k], v) for k, v in grads.items() if v.abs().max() > 1e-6) < 1e-4
+    assert calls == ['hook', 'fused', 'fused', 'fused']
+
+
+@pytest.mark.parametrize('check', ['check_formulas', 'check_network'])
+def test_kernels(check: str) -> None:
+    pytest.importorskip('triton', reason='needs Triton, which torch brings on Linux')
+    subprocess.run(
+        [sys.executable, '-c', f'import test_fused; test_fused.{check}()'], cwd=Path(__file__).parent, check=True,
+        env={**os.environ, 'TRITON_INTERPRET': '1'})  # read when triton is imported
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A GPU for which Triton builds nothing: one warning that says what to do, and torch's operations."""
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, 'timm_sepool.kernels', None)
+    assert fused._kernels.__wrapped__(torch.device('cpu')) is None
+    assert 'Install triton and a C compiler' in caplog.text
