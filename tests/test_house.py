@@ -6,8 +6,9 @@ from typing import Dict, Set, Tuple
 
 import timm_sepool
 
-# 3,500 for the first networks and commands, 430 for attention in networks without SE, 960 for `compare`, 60 for speed
-LINES = 4950
+# 3,500 for the first networks and commands, 430 for attention in networks without SE, 960 for `compare`, 60 for speed,
+# 400 for the kernels of a GPU, with 50 of tests
+LINES, TEST_LINES = 5350, 6050
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(timm_sepool.__file__).parent
 FILES = {'.'.join(path.relative_to(PACKAGE).with_suffix('').parts): path for path in PACKAGE.rglob('*.py')}
@@ -33,11 +34,11 @@ def longest_chain(name: str) -> Tuple[str, ...]:
 
 
 def test_imports_go_one_way() -> None:
-    """The core never imports cli, chains have at most six files, and there is no cycle (it would recurse here)."""
+    """The core never imports cli, chains have at most seven files, and there is no cycle (it would recurse here)."""
     assert IMPORTS['cli.main'] and IMPORTS['sepool_resnet']
     assert not [name for name, found in IMPORTS.items() if not name.startswith('cli.') and any(
         i.startswith('cli.') for i in found)]
-    assert max(map(longest_chain, IMPORTS), key=len).__len__() <= 6
+    assert max(map(longest_chain, IMPORTS), key=len).__len__() <= 7
     assert (PACKAGE / 'cli' / '__init__.py').read_text() == ''
 
 
@@ -46,4 +47,4 @@ def test_sizes() -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     tests = sum(len(path.read_text().splitlines()) for path in (ROOT / 'tests').rglob('*.py'))
     assert max(lines.values()) <= 450 and sum(lines.values()) <= LINES
-    assert tests <= min(6000, 1.9 * sum(lines.values()))
+    assert tests <= min(TEST_LINES, 1.9 * sum(lines.values()))

@@ -1,6 +1,7 @@
 """ The benchmark: what it runs, counts and reports, not how fast anything is """
 import json
 import time
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -90,9 +91,11 @@ def test_summary(rounds: int) -> None:
 
 
 def test_saved_bytes() -> None:
-    """By hand: a ReLU keeps its result, which the next layer shares; x and parameters are there anyway."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    """By hand: a ReLU keeps its result, which the next layer shares; x and parameters exist anyway. All is freed."""
+    model, results = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), []
+    model[1].register_forward_hook(lambda module, args, output: results.append(weakref.ref(output)))
     assert saved_bytes(model, torch.randn(2, 4, 8, 8)) == 2 * 4 * 8 * 8 * 4
+    assert results[0]() is None
     x, names = images(2, 224, 224), ('seresnet50', *NAMES[::5])
     kept = {name: saved_bytes(create_network(name, **TINY).train(), x) for name in names}
     assert max(kept.values()) < 1.02 * kept['seresnet50'], kept  # as docs/speed.md says

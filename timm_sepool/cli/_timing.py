@@ -129,9 +129,8 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
     saved = {}
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
+    def pack(t: torch.Tensor) -> None:  # to return t would keep it: it may be the result of the node that saves it
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
