@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers.common import images, tiny, training_step
 from timm_sepool import fused
-from timm_sepool.squeeze import spatial_weighted_sum
+from timm_sepool.squeeze import _weighted_sum, spatial_weighted_sum
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -56,6 +56,27 @@ def check_formulas() -> None:
             assert error(got, expected) < (1e-5 if dtype == torch.float32 else 4e-2)
 
 
+def check_autograd() -> None:
+    """A graph of the gradients, batches of gradients and hooks: as with torch's operations, which then compute them."""
+    use_interpreter()
+    x, gate, shortcut, *weights = (
+        t.requires_grad_() for t in (
+            images(2, 4, 5, 6), images(2, 4, 1, 1), images(2, 4, 5, 6).flip(0), images(4, 1, 1, 1), images(4, 1, 3, 3)))
+    for t, factor in ((weights[0], 2), (x, 3)):
+        t.register_hook(lambda g, factor=factor: factor * g)
+    total, out = spatial_weighted_sum(x, weights), fused.residual_relu(x, gate, shortcut)
+    plain = _weighted_sum(x, weights), (x * gate + shortcut).relu()
+    assert {type(t.grad_fn).__name__ for t in (total, out)} == {'_WeightedSumBackward', '_ResidualReLUBackward'}
+    for ours, theirs, inputs in ((total, plain[0], [x, *weights]), (out, plain[1], [x, gate, shortcut])):
+        for batch, options in (((), dict(create_graph=True)), ((3,), dict(is_grads_batched=True, retain_graph=True))):
+            cotangent = torch.randn(*batch, *ours.shape)
+            got, expected = (torch.autograd.grad(t, inputs, cotangent, **options) for t in (ours, theirs))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for wrong in (images(3, 1, 2, 2), images(1, 1, 2, 2)):  # torch refuses the first and broadcasts the second
+        assert fused.weighted_sum(x, [wrong], _weighted_sum) is None
+    assert fused.residual_relu(x, gate, shortcut.mT.contiguous().mT).grad_fn.name() == 'ReluBackward0'
+
+
 def check_network() -> None:
     """A training step is that of torch's operations. Every block is fused but one, whose ReLU has a hook."""
     model, x, calls = tiny('spse_resnet50', channels=(4, 8, 16, 32)).train(), images(4, 40, 24), []
@@ -70,7 +91,7 @@ def check_network() -> None:
     assert calls == ['hook', 'fused', 'fused', 'fused']
 
 
-@pytest.mark.parametrize('check', ['check_formulas', 'check_network'])
+@pytest.mark.parametrize('check', ['check_formulas', 'check_autograd', 'check_network'])
 def test_kernels(check: str) -> None:
     pytest.importorskip('triton', '3.8')  # torch brings it on Linux; older interpreters fail with NumPy 2.4
     subprocess.run(

@@ -29,8 +29,9 @@ PRIVATE: Dict[str, Tuple[str, str, str]] = {
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks. Torch has no function that tells."""
-    return any(vars(module)[f'_{kind}_hooks'] for kind in ('forward', 'forward_pre', 'backward', 'backward_pre'))
+    """Whether a call of the module runs hooks, its own or those of all modules. Torch has no function that tells."""
+    kinds = ('forward', 'forward_pre', 'backward', 'backward_pre')
+    return any(vars(module)[f'_{k}_hooks'] or vars(nn.modules.module)[f'_global_{k}_hooks'] for k in kinds)
 
 
 def __getattr__(name: str) -> Any:

@@ -177,12 +177,12 @@ def weighted_sum_backward(
     last, *_ = _layout(x)
     blocks = triton.cdiv(x[0].numel(), BLOCK)
     num_parts = min(batch, triton.cdiv(2048, blocks))  # enough programs to fill a large GPU
-    parts = torch.empty(num_parts * x[0].numel(), device=x.device)
+    parts = torch.empty(num_parts * x[0].numel(), dtype=torch.float32, device=x.device)
     grad_x = torch.empty_like(x)
     _sum_backward[(blocks, num_parts)](
         x, _position_weights_of(x, weights, last), grad.contiguous(), grad_x, parts, batch, height * width, channels,
         LAST=last, BLOCK=BLOCK)
-    averages = torch.empty(sum(w.numel() for w in weights), device=x.device)
+    averages = torch.empty(sum(w.numel() for w in weights), dtype=torch.float32, device=x.device)
     _average_cells[(triton.cdiv(channels, 32), averages.numel() // channels)](
         parts, averages, num_parts, height, width, channels, *_grids(weights), LAST=last, P=64, C=32)
     grads = averages.split([w.numel() for w in weights])

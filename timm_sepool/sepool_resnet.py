@@ -27,7 +27,7 @@ __all__ = ['SEPoolBottleneck', 'SEPoolResNet']  # model_registry will add each e
 
 
 class SEPoolBottleneck(Bottleneck):
-    """timm's Bottleneck whose SE module also adds the shortcut."""
+    """timm's Bottleneck whose SE module also adds the shortcut and, by a kernel on a GPU, applies the ReLU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H / stride, W / stride), sizes rounded up."""
@@ -49,7 +49,8 @@ class SEPoolBottleneck(Bottleneck):
             if (self.drop_path is None or not self.training) and hasattr(self.se, 'forward_gate'):
                 if not torch.jit.is_scripting():
                     if fused.serves_residual_relu(self.act3, x, shortcut):
-                        return self.se(x, shortcut, relu=True)
+                        if getattr(self.se.forward, '__func__', None) is squeeze.SEPoolModule.forward:  # knows relu
+                            return self.se(x, shortcut, relu=True)
                 return self.act3(self.se(x, shortcut))
             x = self.se(x)
         if self.drop_path is not None:

@@ -152,7 +152,7 @@ def _is_one_small_image(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _is_gpu_training(x: torch.Tensor) -> bool:
-    """Whether x is on a GPU, where the backward of avg_pool2d is slow unless it is compiled."""
+    """Whether x needs gradients in eager mode on a GPU, where the backward of avg_pool2d is slow."""
     if torch.jit.is_scripting():
         return False
     return x.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()
