@@ -119,6 +119,16 @@ def test_trainable_layers(layers: int, freeze_bn: bool) -> None:
         pytest.raises(ValueError, losses, model, shapes(1)).match('more than one image per device')
 
 
+@pytest.mark.parametrize('name, build', [('rgse_resnet50', mask_rcnn), ('spse_resnet50', faster_rcnn)])
+def test_torchscript(name: str, build: Callable) -> None:
+    """The same predictions for two images of different sizes."""
+    model, x = detector(build, name).eval(), [images(1, *size)[0].sigmoid() for size in ((60, 90), (70, 64))]
+    with torch.inference_mode():
+        expected, got = model(x), torch.jit.script(model)(x)[1]
+    assert all(len(p['boxes']) and ('masks' in p) == (build is mask_rcnn) for p in expected)
+    torch.testing.assert_close([dict(p) for p in got], expected)
+
+
 def test_pretrained(hub: HubServer, tmp_path: Path) -> None:
     """By tag, hf-hub:, local-dir: and file, with the stages that fine-tuning freezes."""
     build = partial(get_model, 'fasterrcnn_rgse_resnet50', weights=None, **SMALL)

@@ -37,6 +37,23 @@ def run_stages(model: nn.Module, x: torch.Tensor) -> list:
     return stages
 
 
+def check_readable(figure) -> None:
+    """No text overlaps another, nor a foreign axes, nor leaves the figure; all of it is rendered."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+    drawn, draw, canvas = [], Text.draw, FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    figure.set_layout_engine('none')  # it has done its work, which calls draw too
+    with mock.patch.object(Text, 'draw', lambda self, renderer: (drawn.append(self), draw(self, renderer))):
+        canvas.draw()  # an axis has more labels than it draws
+    texts = [(text, text.get_window_extent()) for text in drawn if text.get_text() and text.get_visible()]
+    axes = [(ax, ax.get_window_extent()) for ax in figure.axes if ax.get_visible() and ax.axison]
+    for i, (text, box) in enumerate(texts):
+        assert (figure.bbox.min <= box.min).all() and (box.max <= figure.bbox.max).all(), text
+        others = texts[i + 1:] + [(ax, other) for ax, other in axes if ax is not text.axes]
+        assert not any(box.overlaps(other) for _, other in others), text
+
+
 @pytest.mark.parametrize('name,levels', [('rgse_resnet50', ('',)), ('spse_resnet50', (1, 2, 4))])
 def test_kernels(name: str, levels: tuple) -> None:
     """Each map is the gradient of the sum of the weighted cells, the stage without a kernel a constant."""
@@ -62,6 +79,7 @@ def test_kernels(name: str, levels: tuple) -> None:
         torch.testing.assert_close(drawn, [kernel[0].mean(0), *kernel[0, channels]], rtol=1e-4, atol=1e-7)
         mean, *others = [m.abs().max() for m in drawn]  # one scale for the mean, one for the channels
         assert [ax.images[0].get_clim() for ax in row] == [(-limit, limit) for limit in (mean, *3 * [max(others)])]
+    check_readable(figure)
 
 
 @pytest.mark.parametrize('name', GRIDS)
@@ -101,7 +119,7 @@ def test_gates_and_descriptors(name: str) -> None:
 
 
 def test_forms() -> None:
-    """Without classes, and the network is left as it was; seven stages."""
+    """Without classes, and the network is left as it was; seven stages with the longest names."""
     model, x = network('rgse_resnet50', num_classes=0, in_chans=1).train(), images(2, 1, 64, 64)
     model.layer1.eval()
     before = deepcopy(model)
@@ -113,7 +131,9 @@ def test_forms() -> None:
     torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
     model = timm.create_model('efficientnet_b0').eval()
     assert [ax.get_visible() for ax in plot_gates(model, images(2, 32, 32), [0, 1]).axes] == 7 * [True] + [False]
-    assert plot_descriptors(model, images(2, 64, 96)).axes[7].get_title().startswith('blocks.6.0.se')
+    figure = plot_descriptors(model, images(2, 64, 96), [0, 1], 1000 * ['Long Class Name in Full'])
+    assert figure.axes[7].get_title().startswith('blocks.6.0.se')
+    check_readable(figure)
 
 
 def test_adopted() -> None:

@@ -4,12 +4,14 @@ import errno
 import itertools
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -150,6 +152,20 @@ def test_full_disk(undisturbed, monkeypatch, capsys) -> None:
     *_, told, error = capsys.readouterr().err.splitlines()
     assert '4 of 10 runs finished' in told and 'full/runs/w/0/starts.json: [Errno 28] No space' in error
     assert main(argv('full')) == 0 and results('full') == undisturbed
+
+
+def test_terminal() -> None:
+    """A bar over all runs instead of a line a run."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')  # not pytest's
+        os.system('stty rows 24 cols 80')
+        os._exit(main(argv('terminal', models=MODELS[:1])))
+    shown = b''
+    with suppress(OSError):  # how a terminal ends
+        while chunk := os.read(fd, 4096):
+            shown += chunk
+    assert os.waitpid(pid, 0)[1] == 0 and b'| 2.0/2 runs [' in shown and b', seed' not in shown
 
 
 @pytest.mark.parametrize('text,top1,damaged', [
