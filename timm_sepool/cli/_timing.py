@@ -129,12 +129,12 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
     saved = {}
 
-    def pack(t: torch.Tensor) -> None:  # to return t would keep it: it may be the result of the node that saves it
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    def pack(t: torch.Tensor) -> None:  # keeps storages, or another may get the address; a node that keeps t may leak
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
-    return sum(nbytes for ptr, nbytes in saved.items() if ptr not in known)
+    return sum(storage.nbytes() for ptr, storage in saved.items() if ptr not in known)
 
 
 def network_step(model: nn.Module, x: torch.Tensor, mode: str, autocast: Autocast) -> Step:
