@@ -119,8 +119,10 @@ def test_weighted_sum_and_kernel(drawn, layout, dtype, weights_in_float32, seed)
     roundings = 16 + (shape[2] * shape[3] / 4 if dtype.itemsize > 2 else 0)
     kernel = spatial_kernel(*shape[2:], weights).detach().view(1, *shape[1:])
     with torch.no_grad():
-        single = torch.cat([spatial_weighted_sum(image, weights) for image in x.split(1)])
-    for a, b, c in zip([*got, kernel * cotangent, single], [*expected, *expected[1::-1]], [*scale, *scale[1::-1]]):
+        inference = [torch.cat([spatial_weighted_sum(image, weights) for image in x.split(size)]) for size in (1, 3)]
+    for a, b, c in zip(
+            [*got, kernel * cotangent, *inference], [*expected, *expected[1::-1], expected[0]],
+            [*scale, *scale[1::-1], scale[0]]):
         assert a.shape == b.shape
         assert ((a.double() - b).abs() <= roundings * torch.finfo(dtype).eps * c + torch.finfo(dtype).tiny).all()
 

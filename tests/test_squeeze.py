@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import reference
 from helpers.common import FULL
+from timm_sepool import inference
 from timm_sepool.squeeze import RGSEModule, SPSEModule, spatial_kernel, spatial_weighted_sum
 
 CHANNELS = 24
@@ -61,18 +62,49 @@ def test_half_precision(grids, dtype: torch.dtype, size, memory_format: torch.me
             assert ratio.item() == pytest.approx(1., abs=3e-4)
 
 
-@pytest.mark.parametrize('size', [(16, 16), (9, 14)], ids=str)
+@pytest.mark.parametrize('size', [(16, 20), (9, 15)], ids=str)
 @pytest.mark.parametrize('name', ['spse', 'rgse_4', 'rgse_1'])
 def test_functorch(name: str, size) -> None:
     """vmap over images, and gradients per image. What one mode keeps serves the next, and training."""
     module = build(name, torch.float64).eval()
     x = torch.randn(3, CHANNELS, *size, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        module(x)
     with torch.no_grad():
         for _ in range(2):  # fake tensors, then real ones
             torch.testing.assert_close(aot_module(module, nop)(x[:1]), module(x[:1]))
     torch.testing.assert_close(torch.vmap(lambda image: module(image[None])[0])(x), module(x))
     grads = torch.vmap(torch.func.grad(lambda image: module(image[None]).square().sum()))(x)
     torch.testing.assert_close(grads, *torch.autograd.grad(module(x).square().sum(), x))
+
+
+def test_plain_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only plain inference has the forms that keep tensors and fit one size."""
+    class Subclass(torch.Tensor):
+        pass
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    x, weights = torch.randn(2, CHANNELS, 8, 12), [torch.randn(CHANNELS, 1, g, g) for g in (1, 2, 4)]
+    squeeze = partial(spatial_weighted_sum, weights=weights)
+    monkeypatch.setattr(inference, '_weighted_sum', lambda *args: pytest.fail('called'))
+    with torch.no_grad():
+        with pytest.raises(pytest.fail.Exception):
+            squeeze(x)
+        expected = reference.weighted_sum(x, weights)
+        torch.testing.assert_close(torch.vmap(squeeze)(x[None])[0], expected)
+        torch.testing.assert_close(torch.func.functionalize(squeeze)(x), expected)
+        torch.testing.assert_close(squeeze(x.as_subclass(Subclass)).as_subclass(torch.Tensor), expected)
+        with Mode():
+            torch.testing.assert_close(squeeze(x), expected)
+        with torch.autocast('cpu', torch.bfloat16):
+            torch.testing.assert_close(squeeze(x), expected)
+        for halves in ((0,), (2,), range(4)):
+            half, *halved = [t.bfloat16() if i in halves else t for i, t in enumerate((x, *weights))]
+            torch.testing.assert_close(spatial_weighted_sum(half, halved).float(), expected, rtol=0, atol=.1)
+    torch.testing.assert_close(squeeze(x), expected)
 
 
 @formats

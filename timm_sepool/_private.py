@@ -1,7 +1,7 @@
 """ Every private name of timm, torch and torchvision that this package uses, and why
 
-Any release may remove one; tests/test_private.py then fails and names it. They are looked up when they are used:
-torchvision may not be installed, and torch's compiler takes a second to import.
+Any release may remove one; tests/test_private.py then fails and names it. A name is looked up when it is imported or
+used: torchvision may not be installed, and torch's compiler takes a second to import.
 """
 from importlib import import_module
 from typing import Any, Dict, Tuple
@@ -16,12 +16,15 @@ PRIVATE: Dict[str, Tuple[str, str, str]] = {
     'dynamo_config': (
         'torch._dynamo', 'config',
         'the limit of compiled variants per code object, which the networks of one class share in a benchmark'),
+    'autocast_is_on': (
+        'torch._C', '_is_any_autocast_enabled',
+        'whether autocast is on for any device; is_autocast_enabled takes 12 us to read the name of the device'),
     'functorch_is_active': (
         'torch._C', '_are_functorch_transforms_active',
-        'whether vmap or another transform of torch.func runs, which cannot see into a Triton kernel'),
+        'whether vmap or another transform of torch.func runs, which can neither see into kernels nor keep tensors'),
     'count_dispatch_modes': (
         'torch._C', '_len_torch_dispatch_stack',
-        'how many modes, such as make_fx and FLOP counters, record operations, which do not see Triton kernels'),
+        'how many modes record operations, such as make_fx and FLOP counters, which do not see Triton kernels'),
     'register_detector': (
         'torchvision.models._api', 'register_model',
         'adds a builder to the model registry, whose public functions only read it'),

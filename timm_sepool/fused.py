@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
-from . import _private
+from ._private import count_dispatch_modes, functorch_is_active, has_hooks
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def _is_ordinary(t: torch.Tensor, device: torch.device) -> bool:
 
 def _serves(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the kernels serve for maps x (B, C, H, W), which are on a GPU, and other tensors."""
-    if _private.functorch_is_active() or _private.count_dispatch_modes():
+    if functorch_is_active() or count_dispatch_modes():
         return False
     if not all(_is_ordinary(t, x.device) for t in (x, *others)) or x.dim() != 4 or x.numel() == 0:
         return False
@@ -160,7 +160,7 @@ def serves_residual_relu(act: nn.Module, x: torch.Tensor, shortcut: torch.Tensor
     """Whether `residual_relu` may compute act(x * gate + shortcut) without a call of act."""
     if not _is_on_gpu(x) or x.numel() < SMALL or getattr(act.forward, '__func__', None) is not nn.ReLU.forward:
         return False
-    return not _private.has_hooks(act) and _serve_as_residual(x, shortcut)
+    return not has_hooks(act) and _serve_as_residual(x, shortcut)
 
 
 def residual_relu(x: torch.Tensor, gate: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:

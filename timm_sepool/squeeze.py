@@ -12,8 +12,6 @@ Papers / References:
 
 Up to the fusion's norm the squeeze is linear in x, so one read of x is enough for any number of grids.
 """
-import array
-import functools
 from typing import List, Optional, Tuple, Type, Union
 
 import torch
@@ -24,7 +22,7 @@ from torch.fx.experimental import symbolic_shapes
 
 from timm.layers import create_act_layer, make_divisible
 
-from . import fused
+from . import fused, inference
 
 __all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_kernel', 'spatial_weighted_sum']
 
@@ -65,36 +63,13 @@ def _power_of_two(windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return windows / power.unsqueeze(1), power / length
 
 
-def _averages_are_kept(height: int, width: int, device: torch.device) -> bool:
-    """Whether `_cell_averages` serves: for a small map, in eager mode on a CPU and in the precision of the tensors."""
+def _averages_serve(height: int, width: int, device: torch.device) -> bool:
+    """Whether `cell_averages` serves: for a small map, in eager mode on a CPU and in the precision of the tensors."""
     if torch.jit.is_scripting():
         return False
     if device.type != 'cpu' or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
     return not torch.is_autocast_enabled('cpu') and height * width <= 1024
-
-
-@functools.lru_cache(maxsize=64)
-def _average_numbers(height: int, width: int, grids: Tuple[Tuple[int, int], ...], typecode: str) -> array.array:
-    """`_cell_averages` as plain numbers, row by row. They can be kept: fake tensors and make_fx refuse kept tensors."""
-    def averages(size: int, grid: int) -> List[List[float]]:
-        windows = [(i * size // grid, ((i + 1) * size + grid - 1) // grid) for i in range(grid)]
-        return [[1. / (stop - start) if start <= pos < stop else 0. for pos in range(size)] for start, stop in windows]
-
-    return array.array(typecode, [
-        r * c for rows, cols in grids for row in averages(height, rows) for col in averages(width, cols)
-        for r in row for c in col])
-
-
-@torch.jit.unused
-def _cell_averages(height: int, width: int, grids: List[Tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
-    """Matrix (sum of rows * cols, H * W) that averages over each cell of every grid, in float32 or float64 on the CPU.
-
-    The operations of `_axis_windows` and `_power_of_two`, about 50, take longer than the squeeze of one image.
-    """
-    numbers = _average_numbers(int(height), int(width), tuple(grids), 'd' if dtype == torch.float64 else 'f')
-    # as in torch.tensor, lift_fresh makes it a tensor of the current mode (fake tensors, make_fx)
-    return torch.ops.aten.lift_fresh.default(torch.frombuffer(numbers, dtype=dtype)).view(-1, height * width)
 
 
 def spatial_kernel(
@@ -127,8 +102,9 @@ def spatial_kernel(
         return kernel.reshape(channels, height * width)
 
     weight = torch.cat([w.flatten(1) for w in weights], dim=1).to(dtype)
-    if _averages_are_kept(height, width, device):
-        matrix = _cell_averages(height, width, [(g, g) for g in grids], dtype)
+    if _averages_serve(height, width, device):
+        # to build the matrix by operations takes about 50 of them, longer than the squeeze of a small map
+        matrix = inference.cell_averages(height, width, [(g, g) for g in grids], dtype)
     else:
         rows = _axis_windows(height, grids, device)
         is_square = not _size_may_vary(height, width) and height == width
@@ -141,16 +117,6 @@ def spatial_kernel(
     return (matrix.t() @ weight.t()).t() if channels_last else weight @ matrix
 
 
-def _is_one_small_image(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x is the small map of one image, without gradients, in eager mode on a CPU.
-
-    Only then is a product with the windows the fastest form, and its gradient could have another memory format than x.
-    """
-    if torch.jit.is_scripting() or torch.is_grad_enabled() or not _averages_are_kept(x.shape[2], x.shape[3], x.device):
-        return False
-    return x.shape[0] == 1 and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-
-
 def _is_gpu_training(x: torch.Tensor) -> bool:
     """Whether x needs gradients in eager mode on a GPU, where the backward of avg_pool2d is slow."""
     if torch.jit.is_scripting():
@@ -160,7 +126,7 @@ def _is_gpu_training(x: torch.Tensor) -> bool:
 
 @torch.fx.wrap  # a leaf of fx graphs, as fx cannot trace the branches
 def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
-    """Pool x to grids, weight the cells of each channel and add them up, with one read of x.
+    """Pool x to grids, weight the cells of each channel and add them up.
 
     Equals `sum(F.conv2d(F.adaptive_avg_pool2d(x, w.shape[-1]), w, groups=C) for w in weights)`, the paper's section 3
     before bias and norm. The backward keeps x and, where cells overlap, a tensor of the size of one image.
@@ -173,9 +139,11 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         Fused descriptor (B, C, 1, 1), in the common dtype of x and weights.
     """
     if not torch.jit.is_scripting():
-        fused_sum = fused.weighted_sum(x, weights, _weighted_sum)
-        if fused_sum is not None:
-            return fused_sum
+        fast = fused.weighted_sum(x, weights, _weighted_sum)
+        if fast is None:
+            fast = inference.weighted_sum(x, weights, spatial_kernel)
+        if fast is not None:
+            return fast
     return _weighted_sum(x, weights)
 
 
@@ -194,27 +162,16 @@ def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
                 weight.reshape(-1, g, ratio, g, ratio), w.reshape(-1, g, 1, g, 1), alpha=1. / (ratio * ratio))
         weight = weight.reshape(1, -1, grid, grid)
         if nhwc:
-            # otherwise the gradient is NCHW and avg_pool2d's backward copies all of x
+            # a gradient in NCHW would make avg_pool2d's backward copy all of x
             weight = weight.contiguous(memory_format=torch.channels_last)
-        if not nhwc and _is_one_small_image(x, weight):
-            # each row of cells by itself, as no cell leaves it
-            averages = _cell_averages(height // grid, width, [(1, grid)], x.dtype)
-            cells = averages @ x.reshape(-1, averages.shape[1]).t()
-            cells = cells.view(grid, 1, -1, grid).permute(1, 2, 3, 0)
-        elif (nhwc or width < 16) and not _is_gpu_training(x):
+        if (nhwc or width < 16) and not _is_gpu_training(x):
             cells = F.avg_pool2d(x, (height // grid, width // grid))
         else:
             # vectorized along the rows, avg_pool2d goes window by window
             cells = x.unflatten(2, (grid, height // grid)).mean(3).unflatten(3, (grid, width // grid)).mean(4)
         return (cells * weight).sum((2, 3), keepdim=True)
 
-    # otherwise cells may overlap
-    if _is_one_small_image(x, weights[-1]):
-        averages = _cell_averages(height, width, [(w.shape[-1], w.shape[-1]) for w in weights], x.dtype)
-        weight = torch.cat([w.flatten(1).t() for w in weights])
-        return (weight * (averages @ x[0].flatten(1).t())).sum(0).view(1, -1, 1, 1)
-
-    # one product with the weight of every position is cheaper than pooling to the cells
+    # otherwise cells may overlap, and one product with the weight of every position has the fastest backward
     if torch.jit.is_scripting():
         kernel = spatial_kernel(height, width, weights, nhwc)
     elif x.is_meta or not torch.is_autocast_enabled(x.device.type):
