@@ -139,9 +139,9 @@ def spatial_weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.
         Fused descriptor (B, C, 1, 1), in the common dtype of x and weights.
     """
     if not torch.jit.is_scripting():
-        fast = fused.weighted_sum(x, weights, _weighted_sum)
+        fast = inference.weighted_sum(x, weights, spatial_kernel)
         if fast is None:
-            fast = inference.weighted_sum(x, weights, spatial_kernel)
+            fast = fused.weighted_sum(x, weights, _weighted_sum)
         if fast is not None:
             return fast
     return _weighted_sum(x, weights)
