@@ -83,7 +83,7 @@ def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor], spatial_kernel: 
 
     # otherwise cells may overlap
     positions = height * width
-    if (batch == 1 and (nhwc or positions > 1024)) or (nhwc and positions > 100):
+    if (nhwc and (batch == 1 or positions > 100)) or (batch <= 2 and positions > 1024):
         cells = F.adaptive_avg_pool2d(x, grid)
         s = (cells * weights[-1].transpose(0, 1)).sum((2, 3), keepdim=True)
         rest = weights[:-1]
@@ -98,7 +98,7 @@ def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor], spatial_kernel: 
     kernel = spatial_kernel(height, width, weights, nhwc)
     if nhwc:
         s = (x.flatten(2).transpose(1, 2) * kernel.t().contiguous()).sum(1)
-    elif channels * positions < 2 ** 16 or batch == 0:
+    elif channels * positions < 2 ** 18 or batch == 0:
         s = (x.flatten(2) * kernel).sum(2)
     else:
         s = torch.stack([(image * kernel).sum(1) for image in x.flatten(2)])  # each product stays in the cache
