@@ -1,8 +1,7 @@
 """ The squeeze in plain inference: on a CPU, in eager mode, without gradients
 
-Each map gets the form that was measured to be the fastest (docs/speed.md). In training these forms would not do: some
-have a slow backward, others a gradient in another memory format than that of x. Nor would they do in graphs, which
-should fit other sizes too.
+Each map gets the form that was measured to be the fastest (docs/speed.md). Some of these forms have a slow backward,
+others a gradient in another memory format than that of x, and in a graph they would fit one size only.
 """
 import array
 import functools
@@ -43,63 +42,68 @@ def _kept_averages(height: int, width: int, grids: Tuple[Tuple[int, int], ...], 
 def _is_plain(x: torch.Tensor, weights: List[torch.Tensor]) -> bool:
     """Whether this is plain inference. Dispatch modes, transforms and subclasses of Tensor may refuse kept tensors."""
     # between two layers of a network x.device.type takes 21 us, because its code has left the cache, and x.is_cpu 1 us
-    if torch.is_grad_enabled() or not x.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False
-    if autocast_is_on() or count_dispatch_modes() or functorch_is_active():
+    if (torch.is_grad_enabled() or not x.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling()
+            or autocast_is_on() or count_dispatch_modes() or functorch_is_active()):
         return False
     return x.dtype in (torch.float32, torch.float64) and all([
         type(t) in (torch.Tensor, Parameter) and t.dtype == x.dtype for t in (x, *weights)])
 
 
 def weighted_sum(x: torch.Tensor, weights: List[torch.Tensor], spatial_kernel: Callable) -> Optional[torch.Tensor]:
-    """`squeeze.spatial_weighted_sum` in plain inference, else None. spatial_kernel is the function of `squeeze`."""
-    return _weighted_sum(x, weights, spatial_kernel) if _is_plain(x, weights) else None
-
-
-def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor], spatial_kernel: Callable) -> torch.Tensor:
+    """`squeeze.spatial_weighted_sum`, or None if its other forms serve. spatial_kernel is the function of `squeeze`."""
+    if not _is_plain(x, weights):
+        return None
     batch, channels, height, width = x.shape
-    grid = weights[-1].shape[-1]
-    nhwc = x.stride(1) == 1 and not x.is_contiguous()
-
-    if height % grid == 0 and width % grid == 0:
-        # each coarser cell is a block of cells of the finest grid, so its weight is spread over them
-        weight = weights[-1]
-        for w in weights[:-1]:
-            g = w.shape[-1]
-            if g == 1:
-                weight = torch.add(weight, w, alpha=1. / (grid * grid))
-            else:
-                spread = _kept_averages(grid, grid, ((g, g),), x.dtype)
-                weight = torch.addmm(weight.flatten(1), w.flatten(1), spread).view(-1, 1, grid, grid)
-        if nhwc:
-            cells = F.avg_pool2d(x, (height // grid, width // grid))
-        elif height // grid * width <= 1024 and (grid <= 4 or width < 28):
-            # one product for each row of cells
-            averages = _kept_averages(height // grid, width, ((1, grid),), x.dtype)
-            cells = (x.reshape(-1, averages.shape[1]) @ averages.t()).view(batch, channels, grid, grid)
-        else:
-            cells = x.unflatten(2, (grid, height // grid)).mean(3).unflatten(3, (grid, width // grid)).mean(4)
-        return (cells * weight.transpose(0, 1)).sum((2, 3), keepdim=True)
-
-    # otherwise cells may overlap
     positions = height * width
+    nhwc = x.stride(1) == 1 and not x.is_contiguous()
+    if _tile(x, weights):
+        return _tiled_sum(x, weights, nhwc)
     if (nhwc and (batch == 1 or positions > 100)) or (batch <= 2 and positions > 1024):
-        cells = F.adaptive_avg_pool2d(x, grid)
-        s = (cells * weights[-1].transpose(0, 1)).sum((2, 3), keepdim=True)
-        rest = weights[:-1]
-        if rest and all(rest[-1].shape[-1] % w.shape[-1] == 0 for w in rest):
-            return s + _weighted_sum(x, rest, spatial_kernel)
-        return sum([_weighted_sum(x, [w], spatial_kernel) for w in rest], s)
+        return _pooled_sum(x, weights, nhwc)
     if batch == 1:
         # one product with the windows of all cells
         averages = _kept_averages(height, width, tuple([(w.shape[-1], w.shape[-1]) for w in weights]), x.dtype)
         weight = torch.cat([w.flatten(1).t() for w in weights])
         return (weight * (averages @ x.reshape(channels, -1).t())).sum(0).view(1, -1, 1, 1)
-    kernel = spatial_kernel(height, width, weights, nhwc)
+    if nhwc or channels * positions < 2 ** 18 or batch == 0:
+        return None
+    kernel = spatial_kernel(height, width, weights)  # its product with one image stays in the cache
+    return torch.stack([(image * kernel).sum(1) for image in x.flatten(2)]).view(batch, channels, 1, 1)
+
+
+def _tile(x: torch.Tensor, weights: List[torch.Tensor]) -> bool:
+    """Whether the cells of the finest grid tile x, otherwise they may overlap."""
+    return all([size % weights[-1].shape[-1] == 0 for size in x.shape[2:]])
+
+
+def _tiled_sum(x: torch.Tensor, weights: List[torch.Tensor], nhwc: bool) -> torch.Tensor:
+    batch, channels, height, width = x.shape
+    grid = weights[-1].shape[-1]
+    # each coarser cell is a block of cells of the finest grid, so its weight is spread over them
+    weight = weights[-1]
+    for w in weights[:-1]:
+        g = w.shape[-1]
+        if g == 1:
+            weight = torch.add(weight, w, alpha=1. / (grid * grid))
+        else:
+            spread = _kept_averages(grid, grid, ((g, g),), x.dtype)
+            weight = torch.addmm(weight.flatten(1), w.flatten(1), spread).view(-1, 1, grid, grid)
     if nhwc:
-        s = (x.flatten(2).transpose(1, 2) * kernel.t().contiguous()).sum(1)
-    elif channels * positions < 2 ** 18 or batch == 0:
-        s = (x.flatten(2) * kernel).sum(2)
+        cells = F.avg_pool2d(x, (height // grid, width // grid))
+    elif height // grid * width <= 1024 and (grid <= 4 or width < 28):
+        # one product for each row of cells
+        averages = _kept_averages(height // grid, width, ((1, grid),), x.dtype)
+        cells = (x.reshape(-1, averages.shape[1]) @ averages.t()).view(batch, channels, grid, grid)
     else:
-        s = torch.stack([(image * kernel).sum(1) for image in x.flatten(2)])  # each product stays in the cache
-    return s.view(batch, channels, 1, 1)
+        cells = x.unflatten(2, (grid, height // grid)).mean(3).unflatten(3, (grid, width // grid)).mean(4)
+    return (cells * weight.transpose(0, 1)).sum((2, 3), keepdim=True)
+
+
+def _pooled_sum(x: torch.Tensor, weights: List[torch.Tensor], nhwc: bool) -> torch.Tensor:
+    """Pool to the finest grid, then to the coarser ones: together if the last is a multiple of all, else one by one."""
+    *coarser, finest = weights
+    s = (F.adaptive_avg_pool2d(x, finest.shape[-1]) * finest.transpose(0, 1)).sum((2, 3), keepdim=True)
+    together = coarser and all([coarser[-1].shape[-1] % w.shape[-1] == 0 for w in coarser])
+    for group in [coarser] if together else [[w] for w in coarser]:
+        s = s + (_tiled_sum if _tile(x, group) else _pooled_sum)(x, group, nhwc)
+    return s
