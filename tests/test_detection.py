@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.models import detection, get_model
+from torchvision.models import ResNet50_Weights, detection, get_model
 from torchvision.models._api import BUILTIN_MODELS
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import masks_to_boxes
@@ -228,6 +228,8 @@ def test_run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize('build, message', [
     (partial(get_model, 'maskrcnn_rgse_resnet50', weights='DEFAULT'), "Unknown weights 'DEFAULT': no trained"),
     (partial(get_model, 'maskrcnn_rgse_resnet50', weights_backbone='no.pth'), 'no.pth is neither a file nor a tag of'),
+    (partial(get_model, 'maskrcnn_rgse_resnet50', weights_backbone=ResNet50_Weights.IMAGENET1K_V1),
+     'ResNet50_Weights.IMAGENET1K_V1 is neither a file nor a tag of'),
     (partial(detector, backbone_kwargs=dict(in_chans=1)), 'takes images of 1 channels. Pass image_mean and image_std'),
     *((partial(faster_rcnn, 'rgse_resnet50', trainable_layers=value), f'integer from 0 to 5, got {value!r}')
       for value in (-1, 6, 3.0, '3', None, True)),

@@ -164,6 +164,7 @@ def test_bad_arguments() -> None:
             (r'labels must have shape \(2,\), one per image, got \(3,\)', plot_gates, model, x, [0, 1, 2]),
             ('There is no image of class 4', plot_gates, model, x, [0, 1], None, [0, 4]),
             (r'got \(0, 3, 64, 64\)', plot_descriptors, model, x[:0]),
+            (r'got \(0, 3, 64, 64\)', plot_gates, model, x[:0], []),
             ('images have 3 channels, so mean', plot_descriptors, model, x, None, None, None, [0.5], [0.5]),
             (r'got \(1, 1, 64, 64\)', plot_kernels, model, (1, 64, 64)),
             ('num_channels must be at least 1', plot_kernels, model, None, 0),

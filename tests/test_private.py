@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from timm_sepool import _private
 
@@ -18,6 +20,18 @@ def test_is_there_or_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library = module.partition('.')[0]
     with pytest.raises(ImportError, match=rf'{library} \S+ has no {module}\.{attribute} \(.+an older {library}'):
         getattr(_private, name)
+
+
+def test_has_hooks() -> None:
+    """The hooks of a module and those of all modules count."""
+    module = nn.ReLU()
+    own = module.register_forward_pre_hook, module.register_full_backward_hook
+    for register in (*own, register_module_forward_hook):
+        assert not _private.has_hooks(module)
+        handle = register(print)
+        assert _private.has_hooks(module)
+        handle.remove()
+    assert not _private.has_hooks(module)
 
 
 def test_in_one_module() -> None:

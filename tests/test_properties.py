@@ -99,6 +99,7 @@ def test_module_equals_formula(drawn, layouts, training, seed) -> None:
 @given(grids_and_shapes(), LAYOUTS, st.sampled_from(DTYPES), st.booleans(), SEEDS)
 @example(([1, 2, 4], (2, 3, 56, 3)), NCHW, torch.float64, False, 0)
 @example(([21], (2, 3, 100, 167)), NCHW, torch.float64, False, 0)
+@example(([1, 2, 4], (3, 12, 150, 150)), NCHW, torch.float32, False, 0)
 @example(([1], (1, 1, 11, 15)), ([0, 1, 2, 3], (1, 1, 1, 1), {2, 3}), torch.float64, False, 0)
 def test_weighted_sum_and_kernel(drawn, layout, dtype, weights_in_float32, seed) -> None:
     """Value and gradients are those of the formula, the kernel is the gradient of x.

@@ -27,7 +27,8 @@ def test_tags() -> None:
         assert cfg.tag == f'from_{donor.replace(".", "_")}' and cfg.hf_hub_id == f'timm/{donor}' and cfg.url is None
         for key in ('input_size', 'test_input_size', 'interpolation', 'crop_pct', 'test_crop_pct', 'mean', 'std'):
             assert getattr(cfg, key) == getattr(donor_cfg, key)
-        assert 'the squeeze starts inert' in cfg.description and 'figures are those of the donor' in cfg.description
+        assert 'the gates are inert at the start' in cfg.description
+        assert 'figures are those of the donor' in cfg.description
     tags = timm.list_pretrained(['rgse_*', 'spse_*'])
     assert len(tags) >= 40 and 'rgse_resnet50.from_resnet50_tv_in1k' in tags
     for tag in tags:

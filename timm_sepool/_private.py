@@ -1,7 +1,8 @@
 """ Every private name of timm, torch and torchvision that this package uses, and why
 
-Any release may remove one; tests/test_private.py then fails and names it. A name is looked up when it is imported or
-used: torchvision may not be installed, and torch's compiler takes a second to import.
+Any release may remove one. tests/test_private.py then fails, and where the name stands in PRIVATE the error names it. A
+name is looked up when it is imported or used: torchvision may not be installed, and torch's compiler takes a second to
+import.
 """
 from importlib import import_module
 from typing import Any, Dict, Tuple

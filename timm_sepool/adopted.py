@@ -322,7 +322,8 @@ def _is_inserted(module: nn.Module) -> bool:
 
 
 _BLOCK_KEY = re.compile(  # of an adopted model, whatever its places and attention
-    r'\.squeeze\.weight|\b(se|attention|attn\w*)\.((channel|spatial)\.)?(gate\.scale|fc[12]\.|conv|bn1?\.|(weight|bias)\d?$)')
+    r'\.squeeze\.weight|\b(se|attention|attn\w*)\.((channel|spatial)\.)?'
+    r'(gate\.scale|fc[12]\.|conv|bn1?\.|(weight|bias)\d?$)')
 
 
 def _attention_keys(state_dict: Dict[str, Any], model: nn.Module) -> List[str]:

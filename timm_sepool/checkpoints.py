@@ -54,7 +54,7 @@ def _convert_donor(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
     """Make a model compute exactly what its donor does: every gate is sigmoid(0) = 1/2, and a doubled bn3 undoes it.
 
     fc2 is zero and learns from the first step on, the squeeze and fc1 keep the model's initialization and learn from
-    the second. The tensors of other attention, and of a gate that is not 1/2 at zero, stay missing.
+    the second. Tensors of attention other than SE, SPSE and RGSE, or of a gate that is not 1/2 at zero, stay missing.
     """
     out = dict(state_dict)
     for name, module in model.named_modules():

@@ -41,11 +41,13 @@ __all__ = ['faster_rcnn', 'mask_rcnn', 'register_detectors']
 class _FPNBackbone(nn.Module):
     """Features at strides 4, 8, 16 and 32 and an FPN over them, named as in torchvision's detectors."""
 
-    def __init__(self, body: Any, out_channels: int = 256):
+    out_channels = 256  # torchvision's detectors read it
+
+    def __init__(self, body: Any):
         super().__init__()
         self.body = body
-        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), out_channels, extra_blocks=LastLevelMaxPool())
-        self.out_channels = out_channels
+        channels = body.feature_info.channels()
+        self.fpn = FeaturePyramidNetwork(channels, self.out_channels, extra_blocks=LastLevelMaxPool())
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Map x (B, C, H, W) to '0', '1', '2', '3' at strides 4 to 32 and 'pool' at 64, 256 channels each."""
@@ -134,6 +136,7 @@ def _torchvision_builder(
         raise ValueError(f'Unknown weights {weights!r}: no trained detectors on timm backbones exist. Pass None.')
     backbone, trained = model_name, weights_backbone is not None
     if weights_backbone is not None and weights_backbone != 'DEFAULT':
+        weights_backbone = str(weights_backbone)  # may be an enum of torchvision, whose weights fit no timm backbone
         if weights_backbone.startswith(('hf-hub:', 'local-dir:')):
             backbone = weights_backbone
         elif Path(weights_backbone).is_file():

@@ -1,4 +1,4 @@
-""" When a GPU computes the squeeze and the residual sum by the Triton kernels of `kernels`, and their gradients
+""" Where the Triton kernels of `kernels` compute the squeeze and the residual sum on a GPU, and their gradients
 
 Only in plain eager mode. `torch.compile` fuses the operations of torch itself. Exporters, traces, transforms of
 `torch.func`, other devices and GPUs for which Triton cannot build kernels get the operations of torch.

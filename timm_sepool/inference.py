@@ -16,7 +16,7 @@ from ._private import autocast_is_on, count_dispatch_modes, functorch_is_active
 
 @functools.lru_cache(maxsize=64)
 def _average_numbers(height: int, width: int, grids: Tuple[Tuple[int, int], ...], typecode: str) -> array.array:
-    """`cell_averages` as plain numbers, row by row. They can be kept: fake tensors and make_fx refuse kept tensors."""
+    """The numbers of `cell_averages`, row by row. Fake tensors and make_fx refuse a kept tensor, but take numbers."""
     def averages(size: int, grid: int) -> List[List[float]]:
         windows = [(i * size // grid, ((i + 1) * size + grid - 1) // grid) for i in range(grid)]
         return [[1. / (stop - start) if start <= pos < stop else 0. for pos in range(size)] for start, stop in windows]
@@ -50,7 +50,7 @@ def _is_plain(x: torch.Tensor, weights: List[torch.Tensor]) -> bool:
 
 
 def weighted_sum(x: torch.Tensor, weights: List[torch.Tensor], spatial_kernel: Callable) -> Optional[torch.Tensor]:
-    """`squeeze.spatial_weighted_sum`, or None if its other forms serve. spatial_kernel is the function of `squeeze`."""
+    """`squeeze.spatial_weighted_sum`, or None where a form of `squeeze` is to compute it, as in training."""
     if not _is_plain(x, weights):
         return None
     batch, channels, height, width = x.shape
@@ -72,8 +72,9 @@ def weighted_sum(x: torch.Tensor, weights: List[torch.Tensor], spatial_kernel: C
 
 
 def _tile(x: torch.Tensor, weights: List[torch.Tensor]) -> bool:
-    """Whether the cells of the finest grid tile x, otherwise they may overlap."""
-    return all([size % weights[-1].shape[-1] == 0 for size in x.shape[2:]])
+    """Whether the cells of the finest grid tile x and each cell of the other grids is a block of them."""
+    grid = weights[-1].shape[-1]
+    return all([size % grid == 0 for size in x.shape[2:]]) and all([grid % w.shape[-1] == 0 for w in weights])
 
 
 def _tiled_sum(x: torch.Tensor, weights: List[torch.Tensor], nhwc: bool) -> torch.Tensor:
@@ -100,10 +101,9 @@ def _tiled_sum(x: torch.Tensor, weights: List[torch.Tensor], nhwc: bool) -> torc
 
 
 def _pooled_sum(x: torch.Tensor, weights: List[torch.Tensor], nhwc: bool) -> torch.Tensor:
-    """Pool to the finest grid, then to the coarser ones: together if the last is a multiple of all, else one by one."""
+    """Pool to the finest grid, then to the coarser ones."""
     *coarser, finest = weights
     s = (F.adaptive_avg_pool2d(x, finest.shape[-1]) * finest.transpose(0, 1)).sum((2, 3), keepdim=True)
-    together = coarser and all([coarser[-1].shape[-1] % w.shape[-1] == 0 for w in coarser])
-    for group in [coarser] if together else [[w] for w in coarser]:
-        s = s + (_tiled_sum if _tile(x, group) else _pooled_sum)(x, group, nhwc)
-    return s
+    if not coarser:
+        return s
+    return s + (_tiled_sum if _tile(x, coarser) else _pooled_sum)(x, coarser, nhwc)

@@ -151,7 +151,7 @@ def plot_gates(
     """
     labels = torch.as_tensor(labels).cpu()
     present = labels.unique().tolist()
-    classes = present[::math.ceil(len(present) / 5)] if classes is None else classes
+    classes = present[::math.ceil(len(present) / 5) or 1] if classes is None else classes
     missing = [_class_name(class_names, c) for c in classes if c not in present]
     if missing:
         raise ValueError(f'There is no image of class {", ".join(missing)}.')

@@ -49,7 +49,7 @@ class SEPoolBottleneck(Bottleneck):
             if (self.drop_path is None or not self.training) and hasattr(self.se, 'forward_gate'):
                 if not torch.jit.is_scripting():
                     if fused.serves_residual_relu(self.act3, x, shortcut):
-                        if getattr(self.se.forward, '__func__', None) is squeeze.SEPoolModule.forward:  # knows relu
+                        if getattr(self.se.forward, '__func__', None) is squeeze.SEPoolModule.forward:  # takes relu
                             return self.se(x, shortcut, relu=True)
                 return self.act3(self.se(x, shortcut))
             x = self.se(x)
@@ -170,7 +170,8 @@ def _donor_cfgs() -> Dict[str, Any]:
                     cfg, architecture=None, tag=None,
                     url=None,  # the Hub's safetensors only
                     description=f'Computes exactly what {donor} of timm computes (every gate is 1/2, bn3 is doubled): '
-                    'the squeeze starts inert and learns in fine-tuning, accuracy figures are those of the donor.',
+                    'the gates are inert at the start and learn in fine-tuning. '
+                    'Accuracy figures are those of the donor.',
                 )
     return cfgs
 

@@ -90,7 +90,7 @@ def spatial_kernel(
     device = weights[0].device
     dtype = torch.promote_types(weights[0].dtype, torch.float32)  # half precision rounds the areas
     if len(grids) == 1 and not _size_may_vary(height, width):
-        # Axis by axis, as the windows of all cells would fill a matrix (g * g, H * W). Its reshapes guard traced sizes.
+        # Axis by axis, as the windows of all cells would fill a matrix (g * g, H * W). The reshapes fix traced sizes.
         rows, row_scale = _power_of_two(_axis_windows(height, grids, device).to(dtype))
         cols, col_scale = rows, row_scale
         if width != height:
@@ -279,7 +279,7 @@ class SEPoolModule(nn.Module):
     def forward(self, x: torch.Tensor, shortcut: Optional[torch.Tensor] = None, relu: bool = False) -> torch.Tensor:
         """Return x * gate, plus shortcut if given, all (B, C, H, W). Raises as `forward_gate`.
 
-        With relu, which needs `fused.serves_residual_relu`, it is the ReLU of this sum.
+        With relu, it is the ReLU of this sum. Pass it only with a shortcut and where `fused.serves_residual_relu`.
         """
         gate = self.forward_gate(x)
         if shortcut is None:

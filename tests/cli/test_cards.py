@@ -54,7 +54,7 @@ def test_card(hub: HubServer, name: str, tmp_path: Path, monkeypatch) -> None:
     assert (data.library_name, data.pipeline_tag, data.license) == ('timm', 'image-classification', 'apache-2.0')
     assert data.base_model == donor and data.datasets == ['imagenet-1k']
     assert data.eval_results and all(r.source_url and 'of the donor' in r.metric_name for r in data.eval_results)
-    assert 'The claim is not reproduced here' in text and 'the squeeze starts inert' in text
+    assert 'The claim is not reproduced here' in text and 'the gates are inert at the start' in text
     if not FULL and name != 'rgse_resnet50.from_resnet50_a1_in1k':
         return
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))

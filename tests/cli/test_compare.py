@@ -265,6 +265,8 @@ def test_commands(monkeypatch, capsys) -> None:
     (['--models', 'resnet50t'], '--pretrained', 'resnet50t has no pretrained weights'),
     (['--nproc', '99'], '--device cuda', 'needs 99 GPUs'),
     ([], '-c no.yaml', 'Cannot read no.yaml. Correct --config'), ([], '-c resume.yaml', 'resume.yaml sets resume'),
+    ([], '-c kwargs.yaml', "model_kwargs is 'abc'"),
+    (['--out', 'list'], '', 'compare.json: it has no models. Restore it'),
     ([], '--pretrained-path no.pth', 'The file no.pth does not exist'),
     (['--paper'], '', 'has its own models and peers'), ([], '--model-kw a=1', 'write --model-kwargs in full'),
     (['--models', 'resnet18.foo'], '--pretrained', 'Invalid pretrained tag'),
@@ -272,7 +274,10 @@ def test_commands(monkeypatch, capsys) -> None:
     (['--out', 'undisturbed', '--models', 'w=resnet34'], '', 'w is w=resnet18,layers=(1,1,1,1) in undisturbed'),
     *(([], f'{o} 1', f'{o}: compare sets') for o in ('--model', '--seed', '--outp', '--experiment', '--resume'))])
 def test_bad_input(options: List[str], train: str, message: str, undisturbed, capsys) -> None:
-    Path('resume.yaml').write_text('resume: last.pth.tar')
+    damaged = {'resume.yaml': 'resume: last.pth.tar', 'kwargs.yaml': 'model_kwargs: abc', 'list/compare.json': '[]'}
+    for name, text in damaged.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
     before = sorted(Path().rglob('*'))
     assert main(argv('bad', *options, train=[*TRAIN, *train.split()])) == 2
     err = capsys.readouterr().err

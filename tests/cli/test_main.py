@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ('quickstart', 'list', 'imagefolder', 'push', 'convert', 'plot', 'bench', 'cards')
+COMMANDS = ('quickstart', 'list', 'imagefolder', 'push', 'convert', 'plot', 'bench', 'compare', 'cards')
 
 
 def test_command_is_installed() -> None:

@@ -19,7 +19,7 @@ import timm_sepool
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(timm_sepool.__file__).parent
 INFO = f'timm_sepool-{timm_sepool.__version__}.dist-info'
-UNDOCUMENTED = re.compile('_|cmd_|add_parser$|run$|extra_repr$')  # the parsers document the subcommands
+UNDOCUMENTED = re.compile('_|add_parser$|run$|extra_repr$')  # the parsers document the subcommands
 
 
 def files_under(folder: Path) -> Set[str]:

@@ -129,7 +129,8 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
     saved = {}
 
-    def pack(t: torch.Tensor) -> None:  # keeps storages, or another may get the address; a node that keeps t may leak
+    def pack(t: torch.Tensor) -> None:
+        # a storage that is kept keeps its address to itself; the tensor t would hold its graph, which leaks
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

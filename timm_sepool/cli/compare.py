@@ -139,6 +139,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         for i, label in enumerate(labels):
             models[label]['peer'] = labels[i // 5 * 5 + 1]  # the second row of each backbone is its SE network
     per_level = (os.environ.get('OMP_NUM_THREADS') or '0').split(',')
+    if not per_level[0].strip().isdecimal():
+        raise CommandError(f'OMP_NUM_THREADS is {per_level[0]!r}, which is no number. Correct or unset it.')
     threads = int(per_level[0]) or max(1, (os.cpu_count() or 1) // args.nproc)
     settings = dict(
         train_args=train_args, config=options.config_values, nproc=args.nproc, threads=threads,
@@ -191,6 +193,9 @@ def parse_train_args(argv: List[str]) -> argparse.Namespace:
         try:
             config = yaml.safe_load(Path(options.config).read_text(encoding='utf-8')) or {}
             parser.set_defaults(**config)
+            for key, kind in (('model_kwargs', dict), ('data_dir', str)):
+                if not isinstance(config.get(key), (kind, type(None))):
+                    raise ValueError(f'{key} is {config[key]!r}, which is no {kind.__name__}')
         except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
             raise CommandError(f'Cannot read {options.config}. Correct --config of train.py: {first_line(e)}') from e
         if config.get('resume'):
@@ -289,7 +294,10 @@ def _without_model_kwargs(argv: List[str]) -> List[str]:
 def read_settings(out: Path) -> Optional[Dict[str, Any]]:
     """Contents of compare.json, None if there is none. Raises CommandError if it is damaged."""
     try:
-        return json.loads((out / 'compare.json').read_text(encoding='utf-8'))
+        settings = json.loads((out / 'compare.json').read_text(encoding='utf-8'))
+        if not isinstance(settings, dict) or not isinstance(settings.get('models'), dict):
+            raise ValueError('it has no models')
+        return settings
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:

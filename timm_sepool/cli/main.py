@@ -1,7 +1,8 @@
 """ The command `timm-sepool`: parser, exit codes and signals
 
-Bad input to a command ends in one line on stderr and exit code 2. A command writes its output under a temporary name
-first, so nothing is left half-written. The commands import torch and timm only as they run, so `--help` is fast.
+Bad input to a command ends in one line on stderr, after a usage if argparse finds it; the exit code is 2. A command
+writes its output under a temporary name first, so nothing is left half-written. The commands import torch and timm only
+as they run, so `--help` is fast.
 """
 import argparse
 import io

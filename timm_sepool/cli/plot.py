@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
             if not names and len(class_names) == model.num_classes:
                 names = class_names
             figure = plot_descriptors(model, images, labels, class_names, names, cfg['mean'], cfg['std'])
-    except ValueError as e:
-        raise CommandError(str(e)) from e
+    except (AssertionError, RuntimeError, ValueError) as e:  # some networks of timm assert their image size
+        raise CommandError(first_line(e)) from e
     save_figure(figure, out)
     print(f'wrote {out}')
 
