@@ -55,8 +55,10 @@ def run(args: argparse.Namespace) -> None:
             if not names and len(class_names) == model.num_classes:
                 names = class_names
             figure = plot_descriptors(model, images, labels, class_names, names, cfg['mean'], cfg['std'])
-    except (AssertionError, RuntimeError, ValueError) as e:  # some networks of timm assert their image size
-        raise CommandError(first_line(e)) from e
+    except ValueError as e:
+        raise CommandError(str(e)) from e
+    except (AssertionError, RuntimeError) as e:  # some networks of timm take one image size only
+        raise CommandError(f'{args.model} does not run at this size: {first_line(e)}. Correct --img-size.') from e
     save_figure(figure, out)
     print(f'wrote {out}')
 
