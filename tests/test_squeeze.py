@@ -66,7 +66,7 @@ def test_half_precision(grids, dtype: torch.dtype, size, memory_format: torch.me
 @pytest.mark.parametrize('size', [(16, 20), (9, 15)], ids=str)
 @pytest.mark.parametrize('name', ['spse', 'rgse_4', 'rgse_1'])
 def test_functorch(name: str, size) -> None:
-    """vmap over images, and gradients per image. What one mode keeps serves the next, and training."""
+    """vmap over images and over modules, gradients per image. What one mode keeps serves the next, and training."""
     module = build(name, torch.float64).eval()
     x = torch.randn(3, CHANNELS, *size, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
@@ -77,6 +77,10 @@ def test_functorch(name: str, size) -> None:
     torch.testing.assert_close(torch.vmap(lambda image: module(image[None])[0])(x), module(x))
     grads = torch.vmap(torch.func.grad(lambda image: module(image[None]).square().sum()))(x)
     torch.testing.assert_close(grads, *torch.autograd.grad(module(x).square().sum(), x))
+    modules = [module, build(name, torch.float64).eval()]
+    call = partial(torch.func.functional_call, module, args=(x.contiguous(memory_format=torch.channels_last),))
+    stacked = torch.vmap(lambda *state: call(state))(*torch.func.stack_module_state(modules))
+    torch.testing.assert_close(stacked, torch.stack([m(x) for m in modules]))
 
 
 def test_plain_inference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,8 @@ def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
                 weight.reshape(-1, g, ratio, g, ratio), w.reshape(-1, g, 1, g, 1), alpha=1. / (ratio * ratio))
         weight = weight.reshape(1, -1, grid, grid)
         if nhwc:
-            # a gradient in NCHW would make avg_pool2d's backward copy all of x
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            # A gradient in NCHW would make avg_pool2d's backward copy all of x. vmap lacks memory formats.
+            weight = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if (nhwc or width < 16) and not _is_gpu_training(x):
             cells = F.avg_pool2d(x, (height // grid, width // grid))
         else:
