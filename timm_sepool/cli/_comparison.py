@@ -172,7 +172,7 @@ def table(
             own = model['model'], model['model_kwargs']
             claims = [r for r in TABLE if (r.model, [f'{k}={v}' for k, v in r.kwargs.items()]) == own]
             row.append(f'{100 - claims[0].claimed_top1_err:.2f}' if claims else '-')
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(2, *map(len, column)) for column in zip(*rows)]  # a delimiter row of Markdown needs `-:` at least
     rows.insert(1, ['-' * widths[0], *('-' * (w - 1) + ':' for w in widths[1:])])
     return [f'| {r[0]:<{widths[0]}} | {" | ".join(c.rjust(w) for c, w in zip(r[1:], widths[1:]))} |' for r in rows]
 
@@ -219,9 +219,9 @@ def next_step(out: Path, models: Dict[str, Any], rows: List[Dict[str, Any]]) -> 
     try:
         check_model(models[label]['model'])
     except CommandError:
-        return f'{label} has the highest mean. timm.models.push_to_hf_hub uploads it, a network of timm itself.'
+        return f'{label} has the highest mean, which may be noise. To publish it, call timm.models.push_to_hf_hub.'
     if not checkpoints:
-        return f'{label} has the highest mean. Its checkpoints were deleted.'
+        return f'{label} has the highest mean, which may be noise. Its checkpoints were deleted.'
     command = f'timm-sepool push {models[label]["model"]} --repo-id USER/NAME --checkpoint'
     command += f' {shlex.quote(str(checkpoints[0]))}'
     return f'{label} has the highest mean, which may be noise. To publish its first seed:\n  {command}'

@@ -312,7 +312,8 @@ def _merge(out: Path, settings: Dict[str, Any], known: Optional[Dict[str, Any]])
     for key, name in (('train_args', "train.py's arguments"), ('config', "train.py's config"), ('nproc', '--nproc')):
         if known.get(key) != settings[key]:
             before, now = (shlex.join(v) if isinstance(v, list) else v for v in (known.get(key), settings[key]))
-            raise CommandError(f'{out} was made with {name} {before}, not {now}. Pass the former or another --out.')
+            raise CommandError(
+                f'{out} was made with {name} {before}, not {now}. Pass the former or another --out, or delete {out}.')
     settings['threads'], models = known['threads'], {**known['models']}
     for label, model in json.loads(json.dumps(settings['models'])).items():
         before = models.get(label, model)
