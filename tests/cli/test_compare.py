@@ -266,7 +266,7 @@ def test_commands(monkeypatch, capsys) -> None:
     (['--nproc', '99'], '--device cuda', 'needs 99 GPUs'),
     ([], '-c no.yaml', 'Cannot read no.yaml. Correct --config'), ([], '-c resume.yaml', 'resume.yaml sets resume'),
     ([], '-c kwargs.yaml', "model_kwargs is 'abc'"),
-    (['--out', 'list'], '', 'compare.json: it has no models. Restore it'),
+    (['--out', 'list'], '', 'compare.json has no models. Restore it'),
     ([], '--pretrained-path no.pth', 'The file no.pth does not exist'),
     (['--paper'], '', 'has its own models and peers'), ([], '--model-kw a=1', 'write --model-kwargs in full'),
     (['--models', 'resnet18.foo'], '--pretrained', 'Invalid pretrained tag'),

@@ -195,7 +195,7 @@ def parse_train_args(argv: List[str]) -> argparse.Namespace:
             parser.set_defaults(**config)
             for key, kind in (('model_kwargs', dict), ('data_dir', str)):
                 if not isinstance(config.get(key), (kind, type(None))):
-                    raise ValueError(f'{key} is {config[key]!r}, which is no {kind.__name__}')
+                    raise CommandError(f'{options.config}: {key} is {config[key]!r}. It must be a {kind.__name__}.')
         except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
             raise CommandError(f'Cannot read {options.config}. Correct --config of train.py: {first_line(e)}') from e
         if config.get('resume'):
@@ -295,9 +295,9 @@ def read_settings(out: Path) -> Optional[Dict[str, Any]]:
     """Contents of compare.json, None if there is none. Raises CommandError if it is damaged."""
     try:
         settings = json.loads((out / 'compare.json').read_text(encoding='utf-8'))
-        if not isinstance(settings, dict) or not isinstance(settings.get('models'), dict):
-            raise ValueError('it has no models')
-        return settings
+        if isinstance(settings, dict) and isinstance(settings.get('models'), dict):
+            return settings
+        raise CommandError(f'{out / "compare.json"} has no models. Restore it or choose another --out.')
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
