@@ -140,7 +140,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             models[label]['peer'] = labels[i // 5 * 5 + 1]  # the second row of each backbone is its SE network
     per_level = (os.environ.get('OMP_NUM_THREADS') or '0').split(',')
     if not per_level[0].strip().isdecimal():
-        raise CommandError(f'OMP_NUM_THREADS is {per_level[0]!r}, which is no number. Correct or unset it.')
+        raise CommandError(f'OMP_NUM_THREADS must be a whole number, got {per_level[0]!r}. Set it to one or unset it.')
     threads = int(per_level[0]) or max(1, (os.cpu_count() or 1) // args.nproc)
     settings = dict(
         train_args=train_args, config=options.config_values, nproc=args.nproc, threads=threads,
