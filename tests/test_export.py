@@ -6,6 +6,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 import pytest
 import torch
 from torch import fx, nn
+from torch.fx.experimental import symbolic_shapes
 
 import timm
 from helpers.common import FULL, images, tiny, training_step
@@ -124,16 +125,17 @@ def test_compile_many_sizes(dynamic: Optional[bool], batches: Tuple[int, ...]) -
 
 @pytest.mark.parametrize('module', [SPSEModule(8), RGSEModule(8, grid=4)], ids=['spse', 'rgse'])
 def test_compile_static_sizes_and_export_in_train_mode(module: nn.Module) -> None:
-    """Static graphs pool where the grid divides the map: they build no window matrices, which dynamic graphs need.
-    Torch that reports every compilation as an export (2.5 and 2.7) gets the dynamic form for all graphs."""
-    is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-    always = bool(torch.compile(lambda x: x + is_exporting(), backend='eager')(torch.zeros(())))
+    """Static graphs pool where the grid divides the map: they build no window matrices, which exported and dynamic
+    graphs need. Torch that cannot tell them apart (2.5 and 2.7) gets the dynamic form for all graphs."""
+    always = not hasattr(symbolic_shapes, 'has_static_value')
     inputs = [torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 24)]
     for dynamic, number in ((False, 2), (None, 1), (True, 1)):
         graphs = compiled_graphs(module.eval(), dynamic, inputs[:number])
         assert len(graphs) == number
         for graph in graphs:
             assert any(n.target is torch.arange for n in graph.graph.nodes) == (always or dynamic is True)
+    exported = torch.export.export(module, tuple(inputs[:1]))
+    assert any(n.target is torch.ops.aten.arange.default for n in exported.graph.nodes)
     # an export in train mode leaves the norm's statistics and mode as they were
     before = copy.deepcopy(module.state_dict())
     torch.export.export(module.train(), tuple(inputs[:1]))

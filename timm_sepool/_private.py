@@ -7,6 +7,7 @@ import.
 from importlib import import_module
 from typing import Any, Dict, Tuple
 
+import torch
 from torch import nn
 
 # name -> (module, attribute, what it is and why no public name serves)
@@ -36,6 +37,11 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks, its own or those of all modules. Torch has no function that tells."""
     kinds = ('forward', 'forward_pre', 'backward', 'backward_pre')
     return any(vars(module)[f'_{k}_hooks'] or vars(nn.modules.module)[f'_global_{k}_hooks'] for k in kinds)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export runs. In torch 2.11, torch.compiler.is_exporting() is true under torch.compile too."""
+    return getattr(torch.compiler, '_is_exporting_flag', False)
 
 
 def __getattr__(name: str) -> Any:

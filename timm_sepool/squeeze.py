@@ -23,19 +23,20 @@ from torch.fx.experimental import symbolic_shapes
 from timm.layers import create_act_layer, make_divisible
 
 from . import fused, inference
+from ._private import is_exporting
 
 __all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_kernel', 'spatial_weighted_sum']
 
-# torch 2.5 and 2.7 report every compilation as an export, so compiled graphs take the form that fits all sizes
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-_has_static_value = getattr(symbolic_shapes, 'has_static_value', lambda size: False)  # torch 2.7 lacks it
+LARGE = 2 ** 25  # numbers of a map, 42 images at stage 1 of ResNet-50 and 224 px
+# torch 2.5 and 2.7 lack it, so their compiled graphs take the form that fits all sizes
+_has_static_value = getattr(symbolic_shapes, 'has_static_value', lambda size: False)
 
 
 def _size_may_vary(height: int, width: int) -> bool:
     """Whether the traced graph must work at other input sizes."""
     if torch.jit.is_scripting():
         return False
-    if torch.jit.is_tracing() or _is_exporting():
+    if torch.jit.is_tracing() or is_exporting():
         return True
     return torch.compiler.is_compiling() and not (_has_static_value(height) and _has_static_value(width))
 
@@ -118,10 +119,18 @@ def spatial_kernel(
 
 
 def _is_gpu_training(x: torch.Tensor) -> bool:
-    """Whether x needs gradients in eager mode on a GPU, where the backward of avg_pool2d is slow."""
+    """Whether x needs gradients on a GPU. Those of avg_pool2d are slow there, and keep x in compiled graphs."""
     if torch.jit.is_scripting():
         return False
-    return x.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.is_cuda and torch.is_grad_enabled()
+
+
+def _is_large_compiled_inference(x: torch.Tensor) -> bool:
+    """Whether torch.compile compiles inference on a GPU for large maps x, where a product is faster than pooling."""
+    if torch.jit.is_scripting():
+        return False
+    is_inference = x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return is_inference and _has_static_value(x.shape[0]) and x.numel() >= LARGE
 
 
 @torch.fx.wrap  # a leaf of fx graphs, as fx cannot trace the branches
@@ -153,7 +162,8 @@ def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
     grid = weights[-1].shape[-1]
     nhwc = x.stride(1) == 1 and not x.is_contiguous()  # vmap lacks is_contiguous(memory_format=...)
 
-    if not _size_may_vary(height, width) and height % grid == 0 and width % grid == 0:
+    is_tiled = not _size_may_vary(height, width) and height % grid == 0 and width % grid == 0
+    if is_tiled and not _is_large_compiled_inference(x):
         # each coarser cell is a block of cells of the finest grid, so its weight is spread over them
         weight = weights[-1]
         for w in weights[:-1]:
@@ -168,7 +178,7 @@ def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
             cells = F.avg_pool2d(x, (height // grid, width // grid))
         else:
             # vectorized along the rows, avg_pool2d goes window by window
-            cells = x.unflatten(2, (grid, height // grid)).mean(3).unflatten(3, (grid, width // grid)).mean(4)
+            cells = x.reshape(x.shape[0], x.shape[1], grid, height // grid, grid, width // grid).mean(3).mean(4)
         return (cells * weight).sum((2, 3), keepdim=True)
 
     # otherwise cells may overlap, and one product with the weight of every position has the fastest backward
