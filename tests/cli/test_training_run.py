@@ -76,13 +76,15 @@ def test_network_and_preprocessing_of_the_run(
     ([dict(ROW, top1='nan')], 'has no accuracy of spse_resnet50'),
     ([dict(model='resnet18'), dict(model='local-dir:nowhere')], 'has no accuracy of spse_resnet50'),
     ([dict(ROW, top1='high')], 'is not a results file of validate.py'),
+    ([dict(model='local-dir:older')], 'has the accuracy of local-dir:older, whose weights are not those to publish'),
 ], ids=str)
 def test_results(tmp_path: Path, capsys, monkeypatch, rows: list, message) -> None:
-    """Only figures of the preprocessing that is published become figures of the card."""
+    """Only figures of the preprocessing and weights that are published become figures of the card."""
     monkeypatch.chdir(tmp_path)
     cfg = dict(img_size=96, crop_pct=0.8, interpolation='bilinear')
-    argv = push_args('spse_resnet50', write_run(tmp_path / 'run', tiny('spse_resnet50'), 'spse_resnet50', **cfg))
-    assert main([*argv, '--dry-run', 'out']) == 0
+    model, ema = (tiny('spse_resnet50') for _ in range(2))
+    argv = push_args('spse_resnet50', write_run(tmp_path / 'run', model, 'spse_resnet50', ema, **cfg))
+    assert main([*argv, '--dry-run', 'out']) == main([*argv, '--use-ema', '--dry-run', 'older']) == 0
     results = write_results(tmp_path / 'results.csv', *rows)
     results.write_bytes(b'\xef\xbb\xbf' + results.read_bytes())  # a spreadsheet's byte order mark
     argv += ['--dry-run', 'again', '--metrics', 'results.csv']

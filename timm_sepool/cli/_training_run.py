@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -205,12 +205,15 @@ def training_preprocessing(
     return {k: resolved[k] for k in PREPROCESSING}
 
 
-def read_results(path: Path, arch: str, preprocessing: Dict[str, Any]) -> List[Dict[str, Any]]:
+def read_results(
+        path: Path, arch: str, preprocessing: Dict[str, Any], weights: Dict[str, torch.Tensor],
+) -> List[Dict[str, Any]]:
     """Read the accuracies of a network from a results file of timm's validate.py.
 
     A row counts if its model is `arch`, or a folder or repository that holds `arch`. `preprocessing` is the pretrained
-    cfg that will be published. Returns img_size (px), crop_pct, interpolation, top1 and top5 (%) of every row.
-    Raises CommandError if the file has no row of this network, several of one size, or one of another preprocessing.
+    cfg and `weights` the state dict that will be published. Returns img_size (px), crop_pct, interpolation, top1 and
+    top5 (%) of every row. Raises CommandError if the file has no row of this network, several of one size, one of
+    another preprocessing, or one of a folder that holds other weights.
     """
     types = dict(img_size=int, crop_pct=float, interpolation=str, top1=float, top5=float)
     try:
@@ -227,6 +230,12 @@ def read_results(path: Path, arch: str, preprocessing: Dict[str, Any]) -> List[D
         raise CommandError(f'{path} has no accuracy of {arch}.')
     if len({r['img_size'] for r in results}) < len(results):
         raise CommandError(f'{path} has several rows of {arch} at one image size. Keep only those of these weights.')
+    hint = (
+        'Validate the folder that `push --dry-run FOLDER` writes from this checkpoint: validate.py --model '
+        'local-dir:FOLDER --pretrained.')
+    for name in {row['model'] for row in rows}:
+        if _has_other_weights(name, weights):
+            raise CommandError(f'{path} has the accuracy of {name}, whose weights are not those to publish. {hint}')
     published = [(preprocessing['input_size'][-1], preprocessing['crop_pct'], preprocessing['interpolation'])]
     if preprocessing.get('test_input_size'):  # what validate.py takes by default
         crop_pct = preprocessing.get('test_crop_pct') or preprocessing['crop_pct']
@@ -236,8 +245,7 @@ def read_results(path: Path, arch: str, preprocessing: Dict[str, Any]) -> List[D
         if measured not in published:
             raise CommandError(
                 f'{path} was measured with {as_text(*measured)}, but the config to publish says '
-                f'{" or ".join(as_text(*p) for p in published)}. Validate the folder that `push --dry-run FOLDER` '
-                'writes: validate.py --model local-dir:FOLDER --pretrained.')
+                f'{" or ".join(as_text(*p) for p in published)}. {hint}')
     return results
 
 
@@ -246,3 +254,16 @@ def _results_arch(name: str) -> str:
         return _source_config(name)[0]
     except Exception:  # the Hub client, JSON and the file system raise many; the row cannot be used
         return ''
+
+
+def _has_other_weights(name: str, weights: Dict[str, torch.Tensor]) -> bool:
+    """Whether `name` is a folder (`local-dir:`) whose safetensors file does not hold these weights."""
+    source, _, folder = name.partition(':')
+    path = Path(folder, 'model.safetensors')
+    if source != 'local-dir' or not path.is_file():
+        return False
+    try:
+        measured = load_file(path)
+    except (OSError, SafetensorError):
+        return True
+    return measured.keys() != weights.keys() or not all(torch.equal(t, weights[k]) for k, t in measured.items())

@@ -83,7 +83,9 @@ def export(args: argparse.Namespace, folder: Path) -> None:
         cfg['license'] = args.license
     label_names = _read_labels(args.labels, model.num_classes) if args.labels else None
     card_cfg = dict(cfg, num_classes=model.num_classes) if cfg else model.pretrained_cfg
-    results = read_results(args.metrics, get_arch_name(args.model), card_cfg) if args.metrics else None
+    results = None
+    if args.metrics:
+        results = read_results(args.metrics, get_arch_name(args.model), card_cfg, model.state_dict())
     save_folder(model, folder, kwargs, cfg, label_names)
     card = model_card(
         args.model, f'hf-hub:{args.repo_id}', card_cfg, kwargs, results, args.checkpoint is not None, args.license)
