@@ -6,11 +6,13 @@ from typing import Callable, Dict, List, Optional, Tuple
 import pytest
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 
 import timm
 from helpers.common import FULL, images, tiny, training_step
 from timm.layers import SEModule
+from timm_sepool import squeeze
 from timm_sepool.squeeze import RGSEModule, SPSEModule
 
 FAMILIES = ['rgse_resnext50', 'spse_resnet50']
@@ -141,3 +143,20 @@ def test_compile_static_sizes_and_export_in_train_mode(module: nn.Module) -> Non
     torch.export.export(module.train(), tuple(inputs[:1]))
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert isinstance(module.bn, nn.BatchNorm2d) and module.bn.training
+
+
+@pytest.mark.skipif(not hasattr(symbolic_shapes, 'has_static_value'), reason='torch < 2.8 has one form for all graphs')
+@pytest.mark.parametrize('training, large, expected', [
+    (True, 0, 'mean'), (False, 2 ** 25, 'avg_pool2d'), (False, 0, 'arange'),
+])
+def test_compile_for_gpu(monkeypatch, training: bool, large: int, expected: str) -> None:
+    """The forms of docs/speed.md. This needs no GPU, as the tensors are fake."""
+    monkeypatch.setattr(squeeze, 'LARGE', large)
+    graphs: List[fx.GraphModule] = []
+    torch.compiler.reset()
+    compiled = torch.compile(
+        squeeze.spatial_weighted_sum, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with FakeTensorMode(), torch.set_grad_enabled(training):
+        compiled(torch.ones(2, 8, 8, 8, device='cuda'), [torch.ones(8, 1, 4, 4, device='cuda')])
+    called = {getattr(node.target, '__name__', node.target) for node in graphs[0].graph.nodes}
+    assert called & {'mean', 'avg_pool2d', 'arange'} == {expected}
