@@ -128,7 +128,7 @@ def test_compile_many_sizes(dynamic: Optional[bool], batches: Tuple[int, ...]) -
 @pytest.mark.parametrize('module', [SPSEModule(8), RGSEModule(8, grid=4)], ids=['spse', 'rgse'])
 def test_compile_static_sizes_and_export_in_train_mode(module: nn.Module) -> None:
     """Static graphs pool where the grid divides the map: they build no window matrices, which exported and dynamic
-    graphs need. Torch that cannot tell them apart (2.5 and 2.7) gets the dynamic form for all graphs."""
+    graphs need. Torch that cannot tell them apart (before 2.8) gets the dynamic form for all graphs."""
     always = not hasattr(symbolic_shapes, 'has_static_value')
     inputs = [torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 24)]
     for dynamic, number in ((False, 2), (None, 1), (True, 1)):

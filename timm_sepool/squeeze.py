@@ -28,7 +28,7 @@ from ._private import is_exporting
 __all__ = ['SEPoolModule', 'SPSEModule', 'RGSEModule', 'spatial_kernel', 'spatial_weighted_sum']
 
 LARGE = 2 ** 25  # numbers of a map, 42 images at stage 1 of ResNet-50 and 224 px
-# torch 2.5 and 2.7 lack it, so their compiled graphs take the form that fits all sizes
+# torch before 2.8 lacks it, so its compiled graphs take the form that fits all sizes
 _has_static_value = getattr(symbolic_shapes, 'has_static_value', lambda size: False)
 
 
@@ -119,7 +119,7 @@ def spatial_kernel(
 
 
 def _is_gpu_training(x: torch.Tensor) -> bool:
-    """Whether x needs gradients on a GPU. Those of avg_pool2d are slow there, and keep x in compiled graphs."""
+    """Whether gradients are enabled on a GPU. Those of avg_pool2d are slow there, and keep x in compiled graphs."""
     if torch.jit.is_scripting():
         return False
     return x.is_cuda and torch.is_grad_enabled()

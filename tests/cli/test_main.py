@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_sepool.cli.main import main
+
 COMMANDS = ('quickstart', 'list', 'imagefolder', 'push', 'convert', 'plot', 'bench', 'compare', 'cards')
 
 
@@ -15,6 +17,16 @@ def test_command_is_installed() -> None:
         out = subprocess.run([*command, '--help'], capture_output=True, text=True, check=True).stdout
         assert all(f'\n    {name}' in out for name in COMMANDS)
         assert subprocess.run(command, capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize('argv, message', [
+    ('list --nope', 'unrecognized arguments: --nope.'),
+    ('compare --out a --data-dir b', "arguments: --data-dir. Write ' -- ' before the arguments of train.py."),
+])
+def test_unknown_options(capsys, argv: str, message: str) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        main(argv.split())
+    assert capsys.readouterr().err.endswith(f'{message}\n')
 
 
 @pytest.mark.parametrize('argv', ['--help', *(f'{name} --help' for name in COMMANDS), 'list', 'list --json'])

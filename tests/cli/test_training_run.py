@@ -1,5 +1,6 @@
 """ The arguments, the preprocessing and the results of a training run, as `push` publishes them """
 import json
+import os
 from pathlib import Path
 from typing import Any, Dict
 
@@ -91,6 +92,10 @@ def test_results(tmp_path: Path, capsys, monkeypatch, rows: list, message) -> No
     if message:
         check_fails(capsys, tmp_path, argv, message)
     else:
+        os.utime('out/model.safetensors', (2e9, 2e9))
+        if rows[0]['model'] == 'local-dir:out':
+            check_fails(capsys, tmp_path, argv, 'results.csv is older than out/model.safetensors')
+            os.utime('out/model.safetensors', (1e9, 1e9))
         assert main(argv) == 0
         card = (tmp_path / 'again' / 'README.md').read_text()
         assert card.count('value: 71.5') == 1 and '| 96 | 71.5 | 91.0 | these weights |' in card

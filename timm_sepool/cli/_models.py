@@ -99,8 +99,8 @@ def unknown_model(name: str, known: List[str]) -> CommandError:
     closest = get_close_matches(name.replace('_32x4d', ''), known, n=1, cutoff=0.8)
     if closest:
         return CommandError(f'Unknown model {name!r}. Did you mean {closest[0]!r}?')
-    few = ', '.join(known) if len(known) <= 30 else 'a name that timm.list_models() lists'
-    return CommandError(f'Unknown model {name!r}. Choose one of: {few}.')
+    choice = f'Choose one of: {", ".join(known)}.' if len(known) <= 30 else 'timm.list_models() lists all names.'
+    return CommandError(f'Unknown model {name!r}. {choice}')
 
 
 def check_model(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -206,14 +206,14 @@ def training_preprocessing(
 
 
 def read_results(
-        path: Path, arch: str, preprocessing: Dict[str, Any], weights: Dict[str, torch.Tensor],
+        path: Path, arch: str, preprocessing: Dict[str, Any], weights: Optional[Dict[str, torch.Tensor]] = None,
 ) -> List[Dict[str, Any]]:
     """Read the accuracies of a network from a results file of timm's validate.py.
 
     A row counts if its model is `arch`, or a folder or repository that holds `arch`. `preprocessing` is the pretrained
-    cfg and `weights` the state dict that will be published. Returns img_size (px), crop_pct, interpolation, top1 and
-    top5 (%) of every row. Raises CommandError if the file has no row of this network, several of one size, one of
-    another preprocessing, or one of a folder that holds other weights.
+    cfg and `weights` the state dict that will be published, None if it is drawn anew each time. Returns img_size (px),
+    crop_pct, interpolation, top1 and top5 (%) of every row. Raises CommandError if the file has no row of this network,
+    several of one size, one of another preprocessing, or one of a folder that holds other weights.
     """
     types = dict(img_size=int, crop_pct=float, interpolation=str, top1=float, top5=float)
     try:
@@ -223,19 +223,21 @@ def read_results(
     except FileNotFoundError as e:
         raise CommandError(f'The results file {path} does not exist.') from e
     except (OSError, KeyError, TypeError, ValueError) as e:
+        reason = f'it has no column {e}' if isinstance(e, KeyError) else first_line(e)
         raise CommandError(
-            f'{path} is not a results file of validate.py (CSV with the columns model, {", ".join(types)}): '
-            f'{first_line(e)}') from e
+            f'{path} is not a results file of validate.py (CSV with the columns model, {", ".join(types)}): {reason}'
+        ) from e
     if not results or not all(math.isfinite(r['top1']) and math.isfinite(r['top5']) for r in results):
-        raise CommandError(f'{path} has no accuracy of {arch}.')
+        raise CommandError(
+            f'{path} has no accuracy of {arch}. A folder that it names (local-dir:) must still be where it was.')
     if len({r['img_size'] for r in results}) < len(results):
         raise CommandError(f'{path} has several rows of {arch} at one image size. Keep only those of these weights.')
     hint = (
         'Validate the folder that `push --dry-run FOLDER` writes from this checkpoint: validate.py --model '
         'local-dir:FOLDER --pretrained.')
     for name in {row['model'] for row in rows}:
-        if _has_other_weights(name, weights):
-            raise CommandError(f'{path} has the accuracy of {name}, whose weights are not those to publish. {hint}')
+        if weights:
+            _check_measured(name, path, weights, hint)
     published = [(preprocessing['input_size'][-1], preprocessing['crop_pct'], preprocessing['interpolation'])]
     if preprocessing.get('test_input_size'):  # what validate.py takes by default
         crop_pct = preprocessing.get('test_crop_pct') or preprocessing['crop_pct']
@@ -256,14 +258,17 @@ def _results_arch(name: str) -> str:
         return ''
 
 
-def _has_other_weights(name: str, weights: Dict[str, torch.Tensor]) -> bool:
-    """Whether `name` is a folder (`local-dir:`) whose safetensors file does not hold these weights."""
+def _check_measured(name: str, results: Path, weights: Dict[str, torch.Tensor], hint: str) -> None:
+    """Raise CommandError if `name` is a folder (`local-dir:`) of other weights, or newer than the results.
+
+    Only its safetensors file is compared. Raises as `load_checkpoint` too.
+    """
     source, _, folder = name.partition(':')
-    path = Path(folder, 'model.safetensors')
-    if source != 'local-dir' or not path.is_file():
-        return False
-    try:
-        measured = load_file(path)
-    except (OSError, SafetensorError):
-        return True
-    return measured.keys() != weights.keys() or not all(torch.equal(t, weights[k]) for k, t in measured.items())
+    file = Path(folder, 'model.safetensors')
+    if source != 'local-dir' or not file.is_file():
+        return
+    measured = load_checkpoint(file)
+    if measured.keys() != weights.keys() or not all(torch.equal(t, weights[k]) for k, t in measured.items()):
+        raise CommandError(f'{results} has the accuracy of {name}, whose weights are not those to publish. {hint}')
+    if file.stat().st_mtime > results.stat().st_mtime:
+        raise CommandError(f'{results} is older than {file}, so it is of other weights. Validate {name} again.')

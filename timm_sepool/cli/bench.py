@@ -94,8 +94,8 @@ MB           memory: on CUDA the peak that a step allocates, on a CPU what the f
             f'{100 * r["roofline"]:>9.0f}%' for r in report['blocks']]
         lines.append("""
 x (MB)    size of the output of bn3
-roofline  time of the least memory traffic, at the bandwidth of a copy, in percent of ms: 100 % is
-          the fastest possible, but a map that fits into a cache can exceed it
+roofline  time of the least memory traffic, at the bandwidth of a copy, in percent of ms: a map
+          in the cache can exceed 100 %
 mode, ms and ratio as above, for the last block of the stage, from the output of bn3 on""")
     return '\n'.join(lines)
 

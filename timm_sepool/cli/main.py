@@ -72,7 +72,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     command = ''
     try:
         try:
-            args = _parser().parse_args(argv)
+            parser = _parser()
+            args, unknown = parser.parse_known_args(argv)
+            if unknown:
+                hint = " Write ' -- ' before the arguments of train.py." if args.command == 'compare' else ''
+                parser.error(f'unrecognized arguments: {" ".join(unknown)}.{hint}')
             command = f' {args.command}'
             code = args.run(args)
         finally:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     except (AssertionError, RuntimeError) as e:  # some networks of timm take one image size only
         raise CommandError(f'{args.model} does not run at this size: {first_line(e)}. Correct --img-size.') from e
     save_figure(figure, out)
-    print(f'wrote {out}')
+    print(f'wrote {out}' if args.kind == 'kernels' else f'wrote {out}, with images of {args.data}')
 
 
 def load_model(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
@@ -79,7 +79,7 @@ def load_model(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
     check_drawable = check_kernels if args.kind == 'kernels' else last_se_modules
     if ':' not in name and not is_model(name):
         if not Path(name).is_dir():
-            raise unknown_model(name, list_models())
+            raise CommandError(f'There is no folder {name}.') if '/' in name else unknown_model(name, list_models())
         name = f'local-dir:{name}'
     run_args: Dict[str, Any] = {'interpolation': None}  # that of the network's config, unless a run had another
     if args.checkpoint:
@@ -94,7 +94,7 @@ def load_model(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
                 with torch.device(device):
                     model = create_model(name, pretrained=verb == 'load', **kwargs)
             except Exception as e:  # of timm, torch and the Hub client
-                raise CommandError(f'Cannot {verb} {name}: {first_line(e)}') from e
+                raise CommandError(f'Cannot {verb} {name}: {first_line(e)} Or give --checkpoint FILE.') from e
             check_drawable(model)
     cfg = training_preprocessing(model, run_args, preprocessing(args), args.checkpoint or name)
     chans = {cfg['input_size'][0], len(cfg['mean']), len(cfg['std'])}

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         print(f'wrote {args.dry_run}, nothing was uploaded')
         return
     if get_token() is None:
-        raise CommandError('No Hugging Face token was found. Run `hf auth login` or set HF_TOKEN.')
+        raise CommandError('No Hugging Face token was found. Set HF_TOKEN or run `hf auth login`.')
     with temporary_folder() as folder:
         try:
             export(args, folder)
@@ -85,7 +85,8 @@ def export(args: argparse.Namespace, folder: Path) -> None:
     card_cfg = dict(cfg, num_classes=model.num_classes) if cfg else model.pretrained_cfg
     results = None
     if args.metrics:
-        results = read_results(args.metrics, get_arch_name(args.model), card_cfg, model.state_dict())
+        weights = model.state_dict() if args.checkpoint else None  # the squeeze of a tag is drawn at random
+        results = read_results(args.metrics, get_arch_name(args.model), card_cfg, weights)
     save_folder(model, folder, kwargs, cfg, label_names)
     card = model_card(
         args.model, f'hf-hub:{args.repo_id}', card_cfg, kwargs, results, args.checkpoint is not None, args.license)
