@@ -64,6 +64,13 @@ def _power_of_two(windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return windows / power.unsqueeze(1), power / length
 
 
+def _axes_serve(height: int, width: int, device: torch.device) -> bool:
+    """Whether `spatial_kernel` goes axis by axis. Its matrix products do not fuse in compiled graphs on a GPU."""
+    if torch.jit.is_scripting():
+        return True
+    return not _size_may_vary(height, width) and not (device.type == 'cuda' and torch.compiler.is_compiling())
+
+
 def _averages_serve(height: int, width: int, device: torch.device) -> bool:
     """Whether `cell_averages` serves: for a small map, in eager mode on a CPU and in the precision of the tensors."""
     if torch.jit.is_scripting():
@@ -90,7 +97,7 @@ def spatial_kernel(
     grids = [w.shape[-1] for w in weights]
     device = weights[0].device
     dtype = torch.promote_types(weights[0].dtype, torch.float32)  # half precision rounds the areas
-    if len(grids) == 1 and not _size_may_vary(height, width):
+    if len(grids) == 1 and _axes_serve(height, width, device):
         # Axis by axis, as the windows of all cells would fill a matrix (g * g, H * W). The reshapes fix traced sizes.
         rows, row_scale = _power_of_two(_axis_windows(height, grids, device).to(dtype))
         cols, col_scale = rows, row_scale
@@ -112,7 +119,7 @@ def spatial_kernel(
         cols = rows if is_square else _axis_windows(width, grids, device)
         cells: List[torch.Tensor] = []
         for r, c in zip(rows.split(grids), cols.split(grids)):
-            cells.append((r[:, None, :, None] & c[None, :, None, :]).flatten(2).flatten(0, 1))
+            cells.append((r.unsqueeze(1).unsqueeze(3) & c.unsqueeze(1)).flatten(2).flatten(0, 1))
         matrix, scale = _power_of_two(torch.cat(cells).to(dtype))
         weight = weight * scale
     return (matrix.t() @ weight.t()).t() if channels_last else weight @ matrix
