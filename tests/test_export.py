@@ -146,9 +146,8 @@ def test_compile_static_sizes_and_export_in_train_mode(module: nn.Module) -> Non
 
 
 @pytest.mark.skipif(not hasattr(symbolic_shapes, 'has_static_value'), reason='torch < 2.8 has one form for all graphs')
-@pytest.mark.parametrize('training, large, expected', [
-    (True, 0, 'mean'), (False, 2 ** 25, 'avg_pool2d'), (False, 0, 'and_'),
-])
+@pytest.mark.parametrize(
+    'training, large, expected', [(True, 0, 'mean'), (False, squeeze.LARGE, 'avg_pool2d'), (False, 0, 'and_')])
 def test_compile_for_gpu(monkeypatch, training: bool, large: int, expected: str) -> None:
     """The forms of docs/speed.md. This needs no GPU, as the tensors are fake."""
     monkeypatch.setattr(squeeze, 'LARGE', large)

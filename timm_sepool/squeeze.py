@@ -188,7 +188,7 @@ def _weighted_sum(x: torch.Tensor, weights: List[torch.Tensor]) -> torch.Tensor:
             cells = x.reshape(x.shape[0], x.shape[1], grid, height // grid, grid, width // grid).mean(3).mean(4)
         return (cells * weight).sum((2, 3), keepdim=True)
 
-    # otherwise cells may overlap, and one product with the weight of every position has the fastest backward
+    # where cells may overlap, one product with the weight of every position has the fastest backward
     if torch.jit.is_scripting():
         kernel = spatial_kernel(height, width, weights, nhwc)
     elif x.is_meta or not torch.is_autocast_enabled(x.device.type):

@@ -24,6 +24,8 @@ from ._output import CommandError, first_line
 PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 # entry in the metadata of a converted file: what `push` and `plot` need of its args.yaml, as JSON
 METADATA_KEY = 'timm_sepool.args'
+HOW_TO_VALIDATE = (
+    'Validate the folder that `push --dry-run FOLDER` writes: validate.py --model local-dir:FOLDER --pretrained.')
 
 
 class TrainedModel(NamedTuple):
@@ -232,12 +234,9 @@ def read_results(
             f'{path} has no accuracy of {arch}. A folder that it names (local-dir:) must still be where it was.')
     if len({r['img_size'] for r in results}) < len(results):
         raise CommandError(f'{path} has several rows of {arch} at one image size. Keep only those of these weights.')
-    hint = (
-        'Validate the folder that `push --dry-run FOLDER` writes from this checkpoint: validate.py --model '
-        'local-dir:FOLDER --pretrained.')
-    for name in {row['model'] for row in rows}:
-        if weights:
-            _check_measured(name, path, weights, hint)
+    if weights:
+        for name in {row['model'] for row in rows}:
+            _check_measured(name, path, weights)
     published = [(preprocessing['input_size'][-1], preprocessing['crop_pct'], preprocessing['interpolation'])]
     if preprocessing.get('test_input_size'):  # what validate.py takes by default
         crop_pct = preprocessing.get('test_crop_pct') or preprocessing['crop_pct']
@@ -247,7 +246,7 @@ def read_results(
         if measured not in published:
             raise CommandError(
                 f'{path} was measured with {as_text(*measured)}, but the config to publish says '
-                f'{" or ".join(as_text(*p) for p in published)}. {hint}')
+                f'{" or ".join(as_text(*p) for p in published)}. {HOW_TO_VALIDATE}')
     return results
 
 
@@ -258,7 +257,7 @@ def _results_arch(name: str) -> str:
         return ''
 
 
-def _check_measured(name: str, results: Path, weights: Dict[str, torch.Tensor], hint: str) -> None:
+def _check_measured(name: str, results: Path, weights: Dict[str, torch.Tensor]) -> None:
     """Raise CommandError if `name` is a folder (`local-dir:`) of other weights, or newer than the results.
 
     Only its safetensors file is compared. Raises as `load_checkpoint` too.
@@ -269,6 +268,7 @@ def _check_measured(name: str, results: Path, weights: Dict[str, torch.Tensor], 
         return
     measured = load_checkpoint(file)
     if measured.keys() != weights.keys() or not all(torch.equal(t, weights[k]) for k, t in measured.items()):
-        raise CommandError(f'{results} has the accuracy of {name}, whose weights are not those to publish. {hint}')
+        raise CommandError(
+            f'{results} has the accuracy of {name}, whose weights are not those to publish. {HOW_TO_VALIDATE}')
     if file.stat().st_mtime > results.stat().st_mtime:
         raise CommandError(f'{results} is older than {file}, so it is of other weights. Validate {name} again.')

@@ -94,7 +94,7 @@ def load_model(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
                 with torch.device(device):
                     model = create_model(name, pretrained=verb == 'load', **kwargs)
             except Exception as e:  # of timm, torch and the Hub client
-                raise CommandError(f'Cannot {verb} {name}: {first_line(e)} Or give --checkpoint FILE.') from e
+                raise CommandError(f'Cannot {verb} {name}: {first_line(e)}') from e
             check_drawable(model)
     cfg = training_preprocessing(model, run_args, preprocessing(args), args.checkpoint or name)
     chans = {cfg['input_size'][0], len(cfg['mean']), len(cfg['std'])}
